@@ -1,0 +1,1 @@
+module.exports = require('@2060.io/ref-napi');

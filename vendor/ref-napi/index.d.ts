@@ -1,0 +1,2 @@
+import ref = require('@2060.io/ref-napi');
+export = ref;

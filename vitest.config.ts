@@ -1,0 +1,43 @@
+// Three projects, one after the other. `pure` touches nothing outside the process; `real` needs root, a kernel and
+// the services of the lab. Hosts are namespaces of their own, so that two files at a time get along. `quiet` counts
+// lost packets and broken connections, and shares the machine with no other test.
+import { defineConfig } from "vitest/config";
+
+const real = ["test/{bpf,deploy,edge,e2e,loader}/**/*.test.ts"];
+const quiet = ["test/e2e/{fault,restart,scenario,wire}.test.ts"];
+const patience = { testTimeout: 60_000, hookTimeout: 120_000 };
+
+export default defineConfig({
+  test: {
+    pool: "forks",
+    projects: [
+      {
+        extends: true,
+        test: {
+          name: "pure",
+          // Loads of random cases, on machines that have other things to do as well.
+          testTimeout: 60_000,
+          include: ["test/**/*.test.ts"],
+          exclude: real,
+          maxWorkers: 2,
+          sequence: { groupOrder: 1 },
+        },
+      },
+      {
+        extends: true,
+        test: {
+          name: "real",
+          include: real,
+          exclude: quiet,
+          maxWorkers: 2,
+          sequence: { groupOrder: 2 },
+          ...patience,
+        },
+      },
+      {
+        extends: true,
+        test: { name: "quiet", include: quiet, maxWorkers: 1, sequence: { groupOrder: 3 }, ...patience },
+      },
+    ],
+  },
+});
