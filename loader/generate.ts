@@ -1,0 +1,403 @@
+/**
+ * Prints what an object says about itself as a TypeScript module: an interface for each struct that crosses the kernel
+ * border, its layout as data for the codec, the enums, the maps, the constants of `.rodata`, and one digest over all of
+ * it. The module imports nothing and needs no object when it runs; renaming a field in C then fails the compiler
+ * where TypeScript uses it.
+ *
+ * The digest answers at start what the compiler can't: is the object about to be loaded the one that these types
+ * were made from? If not, `abiDifference` names the first field that moved. Only what crosses the border counts,
+ * so a change of program code leaves the digest as it was, and so does the order of definitions.
+ *
+ * As a command: `node dist/loader/generate.js <object> <out.ts>`.
+ */
+import { createHash } from "node:crypto";
+import { existsSync, readFileSync, realpathSync, writeFileSync } from "node:fs";
+import { fileURLToPath } from "node:url";
+import {
+  BtfError,
+  type EnumLayout,
+  type Field,
+  type Layout,
+  type MapLayout,
+  readBtf,
+  type StructLayout,
+} from "./btf.ts";
+
+/** What an object and its user have to agree on. The generated module exports its own as `abi`. */
+export interface Abi {
+  readonly maps: { readonly [name: string]: AbiMap };
+  /** Global variables of `.rodata` and `.data`, each section as a struct; absent if it has none. */
+  readonly sections: { readonly [name: string]: StructLayout };
+  /** Structs and enums that an exporting variable or a variable of `.bss` names (`Btf.exports`). */
+  readonly types: { readonly [name: string]: StructLayout | EnumLayout };
+  /** Enumerators of anonymous enums. */
+  readonly constants: { readonly [name: string]: number };
+}
+
+export interface AbiMap {
+  readonly name: string;
+  /** `hash`, `lpm_trie`, `ringbuf` and so on. */
+  readonly type: string;
+  readonly key?: Layout;
+  readonly value?: Layout;
+  readonly maxEntries: number;
+  /** `BPF_F_*` flags of map creation. */
+  readonly flags: number;
+}
+
+/** The ABI of an object. Throws BtfError if a type in it must not cross the kernel border. */
+export function describeAbi(object: Uint8Array): Abi {
+  const btf = readBtf(object);
+  const maps = btf.maps().map((map) => [map.name, abiMap(map)] as const);
+  const sections = [".rodata", ".data"]
+    .map((section) => [section.slice(1), btf.variables(section)] as const)
+    .filter(([, variables]) => variables.length > 0)
+    .map(([name, variables]) => [name, sectionLayout(name, variables)] as const);
+  const named = new Map<string, StructLayout | EnumLayout>();
+  const constants: { [name: string]: number } = {};
+  const exported = [...btf.exports(), ...btf.variables(".bss").map(({ layout }) => layout)];
+  for (const layout of exported) {
+    if ((layout.kind === "struct" || layout.kind === "enum") && layout.name !== "")
+      named.set(layout.name, layout);
+  }
+  const roots = [
+    ...maps.flatMap(([, { key, value }]) => [key, value]),
+    ...sections.map(([, layout]) => layout),
+  ];
+  for (const layout of [...roots, ...exported].flatMap((root) =>
+    root === undefined ? [] : [...within(root)],
+  )) {
+    if (layout.kind === "enum" && layout.name === "") Object.assign(constants, layout.values);
+  }
+  const types = [...named].sort(([a], [b]) => (a < b ? -1 : 1));
+  return {
+    maps: Object.fromEntries(maps),
+    sections: Object.fromEntries(sections),
+    types: Object.fromEntries(types),
+    constants,
+  };
+}
+
+/** Hexadecimal sha256 over the canonical ABI of an object, equal to the `ABI_DIGEST` of a module made from it. */
+export function abiDigest(object: Uint8Array): string {
+  return digestOf(describeAbi(object));
+}
+
+/**
+ * Compares the ABI that a program was built for with the one of an object; undefined if they agree, otherwise a sentence
+ * about the first difference, such as `maps.peers.value.mtu.offset is 16 in the generated types, but 20 in the object`.
+ */
+export function abiDifference(built: Abi, object: Uint8Array): string | undefined {
+  return difference("", built, describeAbi(object));
+}
+
+/**
+ * The TypeScript module for an object; the same bytes and command give the same text. `command` is what the
+ * head of the module says it was made by.
+ */
+export function generate(object: Uint8Array, command: string): string {
+  const abi = describeAbi(object);
+  const printer = new Printer();
+  for (const { key, value } of Object.values(abi.maps)) {
+    if (key !== undefined) printer.declare(key);
+    if (value !== undefined) printer.declare(value);
+  }
+  for (const layout of Object.values(abi.types)) printer.declare(layout);
+  for (const layout of Object.values(abi.sections)) printer.declare(layout);
+  const maps = Object.values(abi.maps);
+  const sections = Object.keys(abi.sections).map((name) => `${name}: ${camel(name)}Layout`);
+  const types = Object.keys(abi.types).map((name) => `${name}: ${camel(name)}Layout`);
+  const constants = Object.entries(abi.constants).map(([name, value]) => `${name}: ${value}`);
+  return [
+    `// Generated by \`${command}\`.\n// Do not edit: change the C source and generate again.`,
+    `/** sha256 over everything below; \`abiDigest(object)\` gives the same for an object that agrees with it. */\n` +
+      `export const ABI_DIGEST = "${digestOf(abi)}";`,
+    ...printer.declarations,
+    `/** What the maps hold. */\nexport interface Maps ${block(maps.map((map) => `readonly ${map.name}: ${mapType(map)};`))}`,
+    `export const maps = ${block(maps.map((map) => `${map.name}: ${mapData(map)},`))} as const;`,
+    `/** What \`abiDifference\` compares an object with. */\nexport const abi = ${block([
+      "maps,",
+      `sections: ${inline(sections)},`,
+      `types: ${inline(types)},`,
+      `constants: ${inline(constants)},`,
+    ])} as const;`,
+    ...Object.entries(abi.constants).map(([name, value]) => `export const ${name} = ${value};`),
+  ]
+    .map((part) => `${part}\n`)
+    .join("\n");
+}
+
+// --- ABI ---------------------------------------------------------------------------------------------------------
+
+function abiMap({ name, typeName, key, value, maxEntries, flags }: MapLayout): AbiMap {
+  return {
+    name,
+    type: typeName,
+    ...(key === undefined ? {} : { key }),
+    ...(value === undefined ? {} : { value }),
+    maxEntries,
+    flags,
+  };
+}
+
+/** Ends with the last global variable: string literals and the like behind it are not part of the ABI. */
+function sectionLayout(name: string, fields: readonly Field[]): StructLayout {
+  const last = fields.at(-1);
+  return { kind: "struct", size: last === undefined ? 0 : last.offset + last.layout.size, name, fields };
+}
+
+function* within(layout: Layout): Generator<Layout> {
+  yield layout;
+  if (layout.kind === "array") yield* within(layout.element);
+  if (layout.kind === "struct") for (const field of layout.fields) yield* within(field.layout);
+}
+
+function digestOf(abi: Abi): string {
+  return createHash("sha256").update(canonical(abi)).digest("hex");
+}
+
+function canonical(value: unknown): string {
+  return JSON.stringify(value, (_, part: unknown) =>
+    isRecord(part) ? Object.fromEntries(Object.entries(part).sort(([a], [b]) => (a < b ? -1 : 1))) : part,
+  );
+}
+
+function isRecord(value: unknown): value is { readonly [key: string]: unknown } {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+/** Parts before wholes: of a struct whose size changed, the field that moved is what a person looks for. */
+function difference(path: string, built: unknown, loaded: unknown): string | undefined {
+  if (Array.isArray(built) && Array.isArray(loaded)) return fieldsDifference(path, built, loaded);
+  if (!isRecord(built) || !isRecord(loaded)) {
+    if (built === loaded) return undefined;
+    return `${path} is ${brief(built)} in the generated types, but ${brief(loaded)} in the object`;
+  }
+  if (built.kind !== loaded.kind) return difference(`${path}.kind`, built.kind, loaded.kind);
+  const keys = [...new Set([...Object.keys(built), ...Object.keys(loaded)])];
+  const weight = (key: string): number => (typeof (built[key] ?? loaded[key]) === "object" ? 0 : 1);
+  for (const key of keys.sort((a, b) => weight(a) - weight(b))) {
+    const structural = key === "fields" || key === "layout" || key === "values";
+    const below = structural ? path : path === "" ? key : `${path}.${key}`;
+    if (built[key] === undefined) return `${below} is in the object, but not in the generated types`;
+    if (loaded[key] === undefined) return `${below} is in the generated types, but not in the object`;
+    const found = difference(below, built[key], loaded[key]);
+    if (found !== undefined) return found;
+  }
+  return undefined;
+}
+
+function fieldsDifference(
+  path: string,
+  built: readonly Field[],
+  loaded: readonly Field[],
+): string | undefined {
+  for (let index = 0; index < Math.max(built.length, loaded.length); index++) {
+    const [ours, theirs] = [built[index], loaded[index]];
+    if (ours !== undefined && !loaded.some(({ name }) => name === ours.name)) {
+      return `${path}.${ours.name} is in the generated types, but not in the object`;
+    }
+    if (theirs !== undefined && !built.some(({ name }) => name === theirs.name)) {
+      return `${path}.${theirs.name} is in the object, but not in the generated types`;
+    }
+    const same = loaded.find(({ name }) => name === ours?.name);
+    const found = ours === undefined ? undefined : difference(`${path}.${ours.name}`, ours, same);
+    if (found !== undefined) return found;
+  }
+  return undefined;
+}
+
+function brief(value: unknown): string {
+  return typeof value === "object" ? "something else" : String(value);
+}
+
+// --- text --------------------------------------------------------------------------------------------------------
+
+/** Collects one declaration per named type, each after the types it uses. */
+class Printer {
+  readonly declarations: string[] = [];
+  /** TypeScript name to canonical layout; `Maps` is the module's own. */
+  readonly #declared = new Map([["Maps", ""]]);
+
+  declare(layout: Layout): void {
+    if (layout.kind === "array") this.declare(layout.element);
+    if (layout.kind === "struct") for (const field of layout.fields) this.declare(field.layout);
+    if ((layout.kind !== "struct" && layout.kind !== "enum") || layout.name === "") return;
+    const name = pascal(layout.name);
+    const meaning = canonical(layout);
+    const known = this.#declared.get(name);
+    if (known === meaning) return;
+    if (known !== undefined) {
+      throw new BtfError(
+        layout.name,
+        `another type of the object would also be ${name} in TypeScript; rename one`,
+      );
+    }
+    this.#declared.set(name, meaning);
+    this.declarations.push(...(layout.kind === "enum" ? enumText(layout, name) : structText(layout, name)));
+  }
+}
+
+function enumText(layout: EnumLayout, name: string): string[] {
+  const values = Object.entries(layout.values).map(([key, value]) => `${key}: ${value},`);
+  return [
+    `/** enum ${layout.name} */\nexport const ${name} = ${block(values)} as const;\n` +
+      `export type ${name} = keyof typeof ${name};`,
+    `export const ${camel(layout.name)}Layout = ${enumData(layout, name)} as const;`,
+  ];
+}
+
+function structText(layout: StructLayout, name: string): string[] {
+  const data = block([
+    `kind: "struct",`,
+    `size: ${layout.size},`,
+    `name: "${layout.name}",`,
+    `fields: [`,
+    ...layout.fields.map((field) => `  ${fieldData(field)},`),
+    "],",
+  ]);
+  const what = ["rodata", "data"].includes(layout.name)
+    ? `variables of .${layout.name}`
+    : `struct ${layout.name}`;
+  return [
+    `/** ${what}, ${layout.size} bytes */\nexport interface ${name} ${block(memberLines(layout))}`,
+    `export const ${camel(layout.name)}Layout = ${data} as const;`,
+  ];
+}
+
+function memberLines(layout: StructLayout): string[] {
+  return layout.fields
+    .filter((field) => field.layout.kind !== "opaque")
+    .map((field) => `${member(field.name, field.layout)};${remark(field.layout)}`);
+}
+
+function member(name: string, layout: Layout | undefined): string {
+  return `readonly ${name}: ${layout === undefined ? "undefined" : typeText(layout)}`;
+}
+
+/** A struct or enum without a name has its type written out where it is used. */
+function untaggedText(layout: StructLayout | EnumLayout): string {
+  if (layout.kind === "enum") return union(Object.keys(layout.values));
+  const members = layout.fields.filter((field) => field.layout.kind !== "opaque");
+  return `{ ${members.map((field) => member(field.name, field.layout)).join("; ")} }`;
+}
+
+function union(names: readonly string[]): string {
+  return names.map((name) => `"${name}"`).join(" | ");
+}
+
+/** What TypeScript's type does not say. */
+function remark(layout: Layout): string {
+  if (layout.kind === "bytes") return ` // ${layout.size} bytes`;
+  if (layout.kind === "array") return ` // ${layout.count} of them`;
+  if (layout.kind === "struct" || layout.kind === "enum" || layout.kind === "bool") return "";
+  return ` // ${layout.kind}`;
+}
+
+function typeText(layout: Layout): string {
+  switch (layout.kind) {
+    case "struct":
+    case "enum":
+      return layout.name === "" ? untaggedText(layout) : pascal(layout.name);
+    case "array":
+      return `readonly (${typeText(layout.element)})[]`.replace(/\((\w+)\)/, "$1");
+    case "bytes":
+      return "Uint8Array";
+    case "opaque":
+      return "undefined";
+    case "bool":
+      return "boolean";
+    default:
+      return layout.size === 8 ? "bigint" : "number";
+  }
+}
+
+function layoutData(layout: Layout): string {
+  switch (layout.kind) {
+    case "struct": {
+      if (layout.name !== "") return `${camel(layout.name)}Layout`;
+      const fields = `fields: [${layout.fields.map(fieldData).join(", ")}]`;
+      return inline([`kind: "struct"`, `size: ${layout.size}`, `name: ""`, fields]);
+    }
+    case "enum":
+      if (layout.name !== "") return `${camel(layout.name)}Layout`;
+      return enumData(
+        layout,
+        inline(Object.entries(layout.values).map(([name, value]) => `${name}: ${value}`)),
+      );
+    case "array":
+      return inline([
+        `kind: "array"`,
+        `size: ${layout.size}`,
+        `count: ${layout.count}`,
+        `element: ${layoutData(layout.element)}`,
+      ]);
+    default:
+      return inline([`kind: "${layout.kind}"`, `size: ${layout.size}`]);
+  }
+}
+
+function fieldData(field: Field): string {
+  return inline([`name: "${field.name}"`, `offset: ${field.offset}`, `layout: ${layoutData(field.layout)}`]);
+}
+
+function enumData(layout: EnumLayout, values: string): string {
+  return inline([`kind: "enum"`, `size: ${layout.size}`, `name: "${layout.name}"`, `values: ${values}`]);
+}
+
+function mapType({ key, value }: AbiMap): string {
+  return `{ ${member("key", key)}; ${member("value", value)} }`;
+}
+
+function mapData({ name, type, key, value, maxEntries, flags }: AbiMap): string {
+  return inline([
+    `name: "${name}"`,
+    `type: "${type}"`,
+    ...(key === undefined ? [] : [`key: ${layoutData(key)}`]),
+    ...(value === undefined ? [] : [`value: ${layoutData(value)}`]),
+    `maxEntries: ${maxEntries}`,
+    `flags: ${flags}`,
+  ]);
+}
+
+function inline(parts: readonly string[]): string {
+  return parts.length === 0 ? "{}" : `{ ${parts.join(", ")} }`;
+}
+
+function block(lines: readonly string[]): string {
+  return lines.length === 0 ? "{}" : `{\n${lines.map((line) => `  ${line}\n`).join("")}}`;
+}
+
+/** `peer_key4` to `PeerKey4`. */
+function pascal(name: string): string {
+  const words = name.split("_").filter((word) => word !== "");
+  return words.map((word) => word.charAt(0).toUpperCase() + word.slice(1)).join("");
+}
+
+/** `peer_key4` to `peerKey4`. */
+function camel(name: string): string {
+  const joined = pascal(name);
+  return joined.charAt(0).toLowerCase() + joined.slice(1);
+}
+
+// --- command -----------------------------------------------------------------------------------------------------
+
+function main([object, out, ...rest]: readonly string[]): number {
+  if (object === undefined || out === undefined || rest.length > 0) {
+    process.stderr.write("usage: node dist/loader/generate.js <object> <out.ts>\n");
+    return 2;
+  }
+  try {
+    writeFileSync(out, generate(readFileSync(object), `node dist/loader/generate.js ${object} ${out}`));
+    return 0;
+  } catch (error) {
+    if (!(error instanceof Error)) throw error;
+    process.stderr.write(`could not generate ${out} from ${object}: ${error.message}\n`);
+    return 1;
+  }
+}
+
+const script = process.argv[1];
+if (script !== undefined && existsSync(script) && realpathSync(script) === fileURLToPath(import.meta.url)) {
+  process.exitCode = main(process.argv.slice(2));
+}
