@@ -1,0 +1,408 @@
+/**
+ * The kernel's network tables as plain rows, what may be written to them, and a mirror of them that follows the
+ * kernel's own notifications. The mirror is filled by dumps (at start, after lost notifications, every resync)
+ * and kept by events in between, so that nothing is polled.
+ */
+import type { Ipv4, Prefix } from "./ipv4.ts";
+import type { Mac } from "./model.ts";
+
+/** VXLAN options of a device; undefined fields were not reported. */
+export interface VxlanDevice {
+  readonly vni: number;
+  readonly localIp: Ipv4 | undefined;
+  /** Multicast group or default remote; a flannel device has none. */
+  readonly group: Ipv4 | undefined;
+  /** UDP destination port, host order. */
+  readonly dstPort: number;
+  /** Interface that carries the tunnel. */
+  readonly parentIndex: number | undefined;
+  readonly learning: boolean;
+  readonly gbp: boolean;
+  readonly l2miss: boolean;
+  readonly l3miss: boolean;
+  /** Set for "external" devices, whose tunnel keys come from metadata. */
+  readonly collectMetadata: boolean;
+  /** Seconds a learned entry lives. */
+  readonly ageing: number;
+}
+
+/** One network interface. */
+export interface Link {
+  readonly index: number;
+  readonly name: string;
+  /** Driver kind ("veth", "bridge", "vxlan"); undefined for hardware and loopback. */
+  readonly kind: string | undefined;
+  /** Undefined where the hardware address is not six bytes. */
+  readonly mac: Mac | undefined;
+  readonly mtu: number;
+  /** Administratively up. */
+  readonly up: boolean;
+  /** Up and with carrier. */
+  readonly running: boolean;
+  readonly loopback: boolean;
+  readonly noarp: boolean;
+  /** ARPHRD type: 1 Ethernet, 772 loopback. */
+  readonly type: number;
+  /** Bridge or bond this is a port of. */
+  readonly masterIndex: number | undefined;
+  /** Kind of that master ("bridge", "bond"). */
+  readonly slaveKind: string | undefined;
+  /** A veth's peer, or the interface below this one; counted in the namespace of `linkNetnsId` if that is set. */
+  readonly linkIndex: number | undefined;
+  /** Set if and only if `linkIndex` is in another network namespace. */
+  readonly linkNetnsId: number | undefined;
+  /** The interface below this one in this namespace; undefined for pairs such as veth. */
+  readonly parentIndex: number | undefined;
+  readonly vxlan: VxlanDevice | undefined;
+}
+
+/** One IPv4 address of an interface. */
+export interface Address {
+  readonly index: number;
+  readonly address: Ipv4;
+  readonly prefixLength: number;
+  /** RT_SCOPE: 0 global, 253 link, 254 host. */
+  readonly scope: number;
+  readonly permanent: boolean;
+  readonly deprecated: boolean;
+  readonly secondary: boolean;
+  readonly label: string | undefined;
+}
+
+/** One path of a multipath route. */
+export interface Nexthop {
+  readonly outIndex: number;
+  readonly gateway: Ipv4 | undefined;
+  readonly onlink: boolean;
+}
+
+/** One IPv4 route. */
+export interface Route {
+  readonly destination: Prefix;
+  readonly gateway: Ipv4 | undefined;
+  /** The gateway is an IPv6 address; `gateway` is then undefined though the route is not direct. */
+  readonly viaIpv6: boolean;
+  readonly outIndex: number | undefined;
+  /** 254 is main, 255 local. */
+  readonly table: number;
+  /** RTPROT: 2 kernel, 3 boot, 4 static. */
+  readonly protocol: number;
+  /** RT_SCOPE: 0 global, 253 link, 254 host. */
+  readonly scope: number;
+  /** RTN: 1 unicast, 2 local, 3 broadcast, 6 blackhole. */
+  readonly type: number;
+  readonly tos: number;
+  readonly onlink: boolean;
+  /** The kernel does not use it for now: its interface is down or has no carrier. */
+  readonly linkDown: boolean;
+  readonly metric: number;
+  readonly mtu: number | undefined;
+  /** Preferred source address. */
+  readonly source: Ipv4 | undefined;
+  /** The paths of a multipath route; empty for any other. */
+  readonly nexthops: readonly Nexthop[];
+}
+
+/** One IPv4 neighbour (ARP) entry. */
+export interface Neighbour {
+  readonly index: number;
+  readonly address: Ipv4;
+  readonly mac: Mac | undefined;
+  /** NUD bits: 1 incomplete, 2 reachable, 4 stale, 8 delay, 16 probe, 32 failed, 64 noarp, 128 permanent. */
+  readonly state: number;
+  /** NTF bits: 8 proxy, 16 externally learned, 128 router. */
+  readonly flags: number;
+  readonly permanent: boolean;
+}
+
+/** One forwarding entry of a bridge port or a VXLAN device. */
+export interface FdbEntry {
+  /** The port or VXLAN device. */
+  readonly index: number;
+  readonly mac: Mac;
+  /** The bridge the entry belongs to; undefined for the device's own table. */
+  readonly masterIndex: number | undefined;
+  /** VXLAN only: the remote the MAC is behind. */
+  readonly dst: Ipv4 | undefined;
+  readonly vlan: number | undefined;
+  /** NUD bits, see `Neighbour`. */
+  readonly state: number;
+  readonly permanent: boolean;
+  /** The entry is in the device's own table, not in the bridge's. */
+  readonly self: boolean;
+  readonly master: boolean;
+  readonly externLearned: boolean;
+}
+
+/** Where filters are: the clsact qdisc of an interface, and what hangs on it. */
+export interface FilterPlace {
+  readonly index: number;
+}
+
+/** A change the kernel reported. A row with change "new" was added or changed. */
+export type NetlinkEvent =
+  | { readonly kind: "link"; readonly change: Change; readonly row: Link }
+  | { readonly kind: "address"; readonly change: Change; readonly row: Address }
+  | { readonly kind: "route"; readonly change: Change; readonly row: Route }
+  | { readonly kind: "neighbour"; readonly change: Change; readonly row: Neighbour }
+  | { readonly kind: "fdb"; readonly change: Change; readonly row: FdbEntry }
+  /** A filter at a clsact hook, or that qdisc itself. There is no mirror of these. */
+  | { readonly kind: "filter"; readonly change: Change; readonly row: FilterPlace };
+
+type Change = "new" | "delete";
+
+/** A VXLAN device as flanneld makes it. */
+export interface VxlanSpec {
+  readonly name: string;
+  readonly vni: number;
+  readonly parentIndex: number;
+  readonly localIp: Ipv4;
+  /** UDP destination port; 0 leaves the choice to the kernel (8472). */
+  readonly port: number;
+  readonly learning: boolean;
+  readonly gbp: boolean;
+  /** The kernel draws a random one if this is undefined. */
+  readonly mac?: Mac | undefined;
+  readonly mtu: number;
+}
+
+/** A device of a driver without options. */
+export interface PlainSpec {
+  readonly name: string;
+  readonly kind: string;
+  readonly mac?: Mac | undefined;
+  readonly mtu: number;
+}
+
+/** A route to write, or the part of one that names the route to delete (absent fields match any). */
+export interface RouteSpec {
+  readonly destination: Prefix;
+  readonly gateway?: Ipv4 | undefined;
+  readonly outIndex?: number | undefined;
+  /** The gateway counts as on the link though no address of the interface covers it. */
+  readonly onlink?: boolean | undefined;
+  /** RTPROT; boot (3) by default, as flanneld writes it. */
+  readonly protocol?: number | undefined;
+  /** RT_SCOPE; global with a gateway, link (253) without, by default. */
+  readonly scope?: number | undefined;
+  readonly source?: Ipv4 | undefined;
+  readonly mtu?: number | undefined;
+  readonly metric?: number | undefined;
+  /** RTN; unicast (1) by default. 6 is a blackhole, which has neither gateway nor interface. */
+  readonly type?: number | undefined;
+  /** 254, main, by default. */
+  readonly table?: number | undefined;
+}
+
+/** One change to the kernel's tables. */
+export type Write =
+  | ({ readonly write: "createVxlan" } & VxlanSpec)
+  | ({ readonly write: "createPlain" } & PlainSpec)
+  | { readonly write: "deleteLink"; readonly index: number }
+  | {
+      readonly write: "setLink";
+      readonly index: number;
+      readonly up?: boolean | undefined;
+      readonly mtu?: number | undefined;
+      readonly mac?: Mac | undefined;
+    }
+  | { readonly write: "addAddress" | "deleteAddress"; readonly index: number; readonly address: Prefix }
+  | ({ readonly write: "replaceRoute" | "deleteRoute" } & RouteSpec)
+  | {
+      readonly write: "replaceNeighbour";
+      readonly index: number;
+      readonly address: Ipv4;
+      readonly mac: Mac;
+      readonly permanent: boolean;
+    }
+  | { readonly write: "deleteNeighbour"; readonly index: number; readonly address: Ipv4 }
+  /** A neighbour that does not answer is given up, or asked at once, rather than when the kernel's timer is due. */
+  | {
+      readonly write: "dropResolution" | "resolveNeighbour";
+      readonly index: number;
+      readonly address: Ipv4;
+    }
+  | {
+      readonly write: "replaceFdb" | "deleteFdb";
+      readonly index: number;
+      readonly mac: Mac;
+      readonly dst: Ipv4;
+    };
+
+/** The kernel's answer to "how is this address reached". */
+export interface Path {
+  readonly outIndex: number;
+  /** Undefined if the address is on the interface's own network. */
+  readonly gateway: Ipv4 | undefined;
+  /** Address that the kernel would send from. */
+  readonly source: Ipv4 | undefined;
+  /** Bytes of the largest IP packet on the way, as far as the route and the interface tell. */
+  readonly mtu: number;
+  /** The interface has Ethernet headers, which our programs can send through. */
+  readonly ethernet: boolean;
+}
+
+const RTN_LOCAL = 2;
+const NUD_INCOMPLETE = 0x01;
+const NUD_FAILED = 0x20;
+
+/** Whether a neighbour in this state was asked for and has not answered. */
+export function isUnanswered(state: number): boolean {
+  return (state & (NUD_INCOMPLETE | NUD_FAILED)) !== 0;
+}
+
+export interface HostTables {
+  readonly links: readonly Link[];
+  readonly addresses: readonly Address[];
+  readonly routes: readonly Route[];
+  readonly neighbours: readonly Neighbour[];
+  readonly fdb: readonly FdbEntry[];
+}
+
+const addressKey = (row: Address): string => `${row.index} ${row.address}/${row.prefixLength}`;
+const routeKey = (row: Route): string =>
+  `${row.table} ${row.destination.address}/${row.destination.length} ${row.metric} ${row.tos}`;
+const neighbourKey = (row: Neighbour): string => `${row.index} ${row.address}`;
+const fdbKey = (row: FdbEntry): string => `${row.index} ${row.mac} ${row.masterIndex ?? 0} ${row.vlan ?? 0}`;
+
+/** Rows by key, and by the interface they are on, so that what concerns one interface costs what is on it. */
+class Rows<Row> {
+  private readonly byKey = new Map<string, Row>();
+  private readonly byIndex = new Map<number, Set<string>>();
+  private readonly keyOf: (row: Row) => string;
+  private readonly indexOf: (row: Row) => number | undefined;
+
+  constructor(keyOf: (row: Row) => string, indexOf: (row: Row) => number | undefined) {
+    this.keyOf = keyOf;
+    this.indexOf = indexOf;
+  }
+
+  values(): IterableIterator<Row> {
+    return this.byKey.values();
+  }
+
+  /** The rows on one interface. */
+  *of(index: number): Generator<Row> {
+    for (const key of this.byIndex.get(index) ?? []) {
+      const row = this.byKey.get(key);
+      if (row !== undefined) yield row;
+    }
+  }
+
+  set(row: Row): void {
+    const key = this.keyOf(row);
+    this.forget(key);
+    this.byKey.set(key, row);
+    const index = this.indexOf(row);
+    if (index === undefined) return;
+    const keys = this.byIndex.get(index);
+    if (keys === undefined) this.byIndex.set(index, new Set([key]));
+    else keys.add(key);
+  }
+
+  delete(row: Row): void {
+    const key = this.keyOf(row);
+    this.forget(key);
+    this.byKey.delete(key);
+  }
+
+  replace(rows: readonly Row[]): void {
+    this.byKey.clear();
+    this.byIndex.clear();
+    for (const row of rows) this.set(row);
+  }
+
+  /** Takes a key off the interface it was on. */
+  private forget(key: string): void {
+    const before = this.byKey.get(key);
+    const index = before === undefined ? undefined : this.indexOf(before);
+    if (index === undefined) return;
+    const keys = this.byIndex.get(index);
+    keys?.delete(key);
+    if (keys?.size === 0) this.byIndex.delete(index);
+  }
+}
+
+/** What the kernel has, as far as it told us. */
+export class Host {
+  readonly links = new Map<number, Link>();
+  readonly addresses = new Rows<Address>(addressKey, (row) => row.index);
+  readonly routes = new Rows<Route>(routeKey, (row) => row.outIndex);
+  readonly neighbours = new Rows<Neighbour>(neighbourKey, (row) => row.index);
+  readonly fdb = new Rows<FdbEntry>(fdbKey, (row) => row.index);
+  /** The routes of length 0, of any table. */
+  readonly defaultRoutes = new Rows<Route>(routeKey, (row) => row.outIndex);
+
+  /** Takes a full dump for the truth. */
+  replace(tables: HostTables): void {
+    this.links.clear();
+    for (const row of tables.links) this.links.set(row.index, row);
+    this.addresses.replace(tables.addresses);
+    this.routes.replace(tables.routes);
+    this.neighbours.replace(tables.neighbours);
+    this.fdb.replace(tables.fdb);
+    this.defaultRoutes.replace(tables.routes.filter(isDefault));
+  }
+
+  /**
+   * Follows one notification. Returns it with all that it means: of what goes with a link that is deleted, and of
+   * the routes that go with one that is down, the kernel says nothing itself.
+   */
+  apply(event: NetlinkEvent): readonly NetlinkEvent[] {
+    const events = event.kind === "link" ? [...this.implied(event.row, event.change), event] : [event];
+    for (const each of events) this.take(each);
+    return events;
+  }
+
+  /** The link of this name, if there is one. */
+  linkNamed(name: string): Link | undefined {
+    for (const link of this.links.values()) if (link.name === name) return link;
+    return undefined;
+  }
+
+  private *implied({ index, up }: Link, change: Change): Generator<NetlinkEvent> {
+    if (change === "new" && up) return;
+    const isGone = change === "delete";
+    for (const row of this.routes.of(index)) {
+      // A route to an address of our own stays with the address.
+      if (isGone || row.type !== RTN_LOCAL) yield { kind: "route", change: "delete", row };
+    }
+    if (!isGone) return;
+    for (const row of this.addresses.of(index)) yield { kind: "address", change: "delete", row };
+    for (const row of this.neighbours.of(index)) yield { kind: "neighbour", change: "delete", row };
+    for (const row of this.fdb.of(index)) yield { kind: "fdb", change: "delete", row };
+  }
+
+  private take(event: NetlinkEvent): void {
+    switch (event.kind) {
+      case "link":
+        if (event.change === "new") this.links.set(event.row.index, event.row);
+        else this.links.delete(event.row.index);
+        return;
+      case "address":
+        change(this.addresses, event);
+        return;
+      case "route":
+        change(this.routes, event);
+        if (isDefault(event.row)) change(this.defaultRoutes, event);
+        return;
+      case "neighbour":
+        change(this.neighbours, event);
+        return;
+      case "fdb":
+        change(this.fdb, event);
+        return;
+      case "filter":
+        return;
+    }
+  }
+}
+
+function isDefault(route: Route): boolean {
+  return route.destination.length === 0;
+}
+
+function change<Row>(rows: Rows<Row>, event: { readonly change: Change; readonly row: Row }): void {
+  if (event.change === "new") rows.set(event.row);
+  else rows.delete(event.row);
+}

@@ -1,0 +1,183 @@
+/**
+ * A table that is reconciled: what we want in it, what is in it, and, always current, where the two differ.
+ *
+ * BPF maps, routes, neighbours and FDB entries are all tables here. Wanting a row, seeing a row and applying a
+ * difference each cost the same however many rows there are, so that one lease event costs one row. `observe`
+ * is called only with what the kernel said: after a successful write, a notification or a read-back.
+ *
+ * A row may be wanted by several owners (two leases name one address while a node moves from subnet to subnet):
+ * it is wanted as the latest of them wants it, and until the last of them lets go. A difference that could not be
+ * applied stays one, but is passed over until `retry` or until something about its row changes.
+ */
+
+/** One row to write (`want`) or, without `want`, to remove. */
+export interface Difference<Row> {
+  readonly key: string;
+  readonly want: Row | undefined;
+  /** What is in the table now, if anything. */
+  readonly have: Row | undefined;
+}
+
+export class Table<Row> {
+  readonly name: string;
+  private readonly wanted = new Map<string, Row>();
+  /** Whose row `wanted` has; absent for the owner "". */
+  private readonly owners = new Map<string, string>();
+  /** Rows of earlier owners of a key, oldest first. */
+  private readonly others = new Map<string, Map<string, Row>>();
+  private readonly actual = new Map<string, Row>();
+  /** What `actual` was last taken from whole, as long as it is still that. */
+  private seen: ReadonlyMap<string, Row> | undefined;
+  private readonly pending = new Set<string>();
+  /** Why differences could not be applied. */
+  private readonly reasons = new Map<string, string>();
+  /** Of those, the ones to pass over for now. */
+  private readonly held = new Set<string>();
+  private readonly same: (a: Row, b: Row) => boolean;
+
+  /** `same` says whether two rows of one key are equal; by default, equal field by field. */
+  constructor(name: string, same: (a: Row, b: Row) => boolean = sameFields) {
+    this.name = name;
+    this.same = same;
+  }
+
+  /** Rows wanted. */
+  get size(): number {
+    return this.wanted.size;
+  }
+
+  /** Rows that are in the table. */
+  get present(): number {
+    return this.actual.size;
+  }
+
+  /** Rows that differ. */
+  get differing(): number {
+    return this.pending.size;
+  }
+
+  want(key: string, row: Row, owner = ""): void {
+    const before = this.wanted.get(key);
+    const holder = this.owners.get(key) ?? "";
+    if (before !== undefined && holder !== owner) {
+      const others = this.others.get(key) ?? new Map<string, Row>();
+      others.delete(owner);
+      this.others.set(key, others.set(holder, before));
+    }
+    this.own(key, row, owner);
+  }
+
+  unwant(key: string, owner = ""): void {
+    const others = this.others.get(key);
+    if (others?.delete(owner) !== true) {
+      if ((this.owners.get(key) ?? "") !== owner) return;
+      const heir = others === undefined ? undefined : [...others].at(-1);
+      if (heir === undefined) this.own(key, undefined, "");
+      else {
+        others?.delete(heir[0]);
+        this.own(key, heir[1], heir[0]);
+      }
+    }
+    if (others?.size === 0) this.others.delete(key);
+  }
+
+  /** Wants exactly these rows. */
+  wantAll(rows: ReadonlyMap<string, Row>): void {
+    for (const key of this.wanted.keys()) if (!rows.has(key)) this.unwant(key);
+    for (const [key, row] of rows) this.want(key, row);
+  }
+
+  /** The row is in the table, or with `undefined` it is not. Returns whether it differs now and did not before. */
+  observe(key: string, row: Row | undefined): boolean {
+    const before = this.actual.get(key);
+    const isNews = row === undefined ? before !== undefined : before === undefined || !this.same(before, row);
+    if (!isNews) return false;
+    this.seen = undefined;
+    if (row === undefined) this.actual.delete(key);
+    else this.actual.set(key, row);
+    return this.compare(key);
+  }
+
+  /**
+   * Exactly these rows are in the table. Returns how many differ now that did not before. The rows must not be changed
+   * afterwards; given the very same again, with nothing seen in between, there is nothing to do.
+   */
+  observeAll(rows: ReadonlyMap<string, Row>): number {
+    if (rows === this.seen) return 0;
+    let drifted = 0;
+    for (const key of [...this.actual.keys()])
+      if (!rows.has(key) && this.observe(key, undefined)) drifted += 1;
+    for (const [key, row] of rows) if (this.observe(key, row)) drifted += 1;
+    this.seen = rows;
+    return drifted;
+  }
+
+  actualRow(key: string): Row | undefined {
+    return this.actual.get(key);
+  }
+
+  /** Whether what is in the table under a key is what we want there. */
+  isSettled(key: string): boolean {
+    return !this.pending.has(key);
+  }
+
+  /** Every difference that is to be applied now, in the order in which it arose. */
+  *differences(): Generator<Difference<Row>> {
+    for (const key of this.pending) {
+      if (!this.held.has(key)) yield { key, want: this.wanted.get(key), have: this.actual.get(key) };
+    }
+  }
+
+  /** A difference could not be applied. Returns whether the reason is news. */
+  fail(key: string, reason: string): boolean {
+    if (!this.pending.has(key)) return false;
+    const isNews = this.reasons.get(key) !== reason;
+    this.reasons.set(key, reason);
+    this.held.add(key);
+    return isNews;
+  }
+
+  /** What could not be applied, by key, and why. */
+  failures(): ReadonlyMap<string, string> {
+    return this.reasons;
+  }
+
+  /** Every difference is to be applied again. */
+  retry(): void {
+    this.held.clear();
+  }
+
+  private own(key: string, row: Row | undefined, owner: string): void {
+    if (owner === "") this.owners.delete(key);
+    else this.owners.set(key, owner);
+    const before = this.wanted.get(key);
+    if (row === undefined) this.wanted.delete(key);
+    else this.wanted.set(key, row);
+    const isNews = before === undefined ? row !== undefined : row === undefined || !this.same(before, row);
+    if (isNews) this.compare(key);
+  }
+
+  /** Something about a row changed. Returns whether it differs now and did not before. */
+  private compare(key: string): boolean {
+    const want = this.wanted.get(key);
+    const have = this.actual.get(key);
+    this.held.delete(key);
+    if (want === undefined ? have === undefined : have !== undefined && this.same(want, have)) {
+      this.pending.delete(key);
+      this.reasons.delete(key);
+      return false;
+    }
+    const isNew = !this.pending.has(key);
+    this.pending.add(key);
+    return isNew;
+  }
+}
+
+function sameFields<Row>(a: Row, b: Row): boolean {
+  if (a === b) return true;
+  const left = a as Record<string, unknown>;
+  const right = b as Record<string, unknown>;
+  for (const field of Object.keys(left)) if (left[field] !== right[field]) return false;
+  for (const field of Object.keys(right)) if (!(field in left)) return false;
+  return true;
+}
