@@ -1,0 +1,1188 @@
+/**
+ * The one loop. Whatever happens (a lease, a route that was deleted, a container that started, time) only marks
+ * what is to be looked at; then one round makes the kernel as it ought to be:
+ *
+ *   store events -> desired -> rows wanted  \
+ *                                            > differences -> kernel -> rows observed
+ *   netlink      -> host    -> rows observed /
+ *
+ * A round adds before it removes: whoever holds a row finds what it refers to. What fails stays different, is
+ * tried again with growing pauses, and is listed in the status; nothing else waits for it. Nothing is written
+ * before the first full snapshot, and silence of the store changes nothing.
+ */
+import { Attempts, RoundFailure } from "./agent/attempts.ts";
+import { Commands } from "./agent/commands.ts";
+import { type Overlay, TunnelDevice } from "./agent/device.ts";
+import { LeaseKeeper } from "./agent/lease.ts";
+import { type ProbeStatus, Probing } from "./agent/probing.ts";
+import { FDB, NEIGHBOURS, ROUTES, Writer } from "./agent/writer.ts";
+import { NO_ROWS } from "./core/backend.ts";
+import { kindOf } from "./core/backends.ts";
+import { claim, type Desired, emptyDesired, fold, forget, takeTouched } from "./core/desired.ts";
+import { type Firewall, type PodTraffic, reasonsForOutside, reasonsForStack } from "./core/firewall.ts";
+import { Host, type NetlinkEvent, type Path, type Route } from "./core/host.ts";
+import {
+  type AttachmentRow,
+  attachmentKey,
+  attachmentsOf,
+  configOf,
+  DIRECTIONS,
+  type EndpointRow,
+  endpointKey,
+  type Facts,
+  type FastPath,
+  type FdbRow,
+  fdbKey,
+  type Hook,
+  type InterfaceRow,
+  interfaceKey,
+  type LeaseRows,
+  type NeighbourRow,
+  neighbourKey,
+  type PeerRow,
+  peerKey,
+  ROUTE_PROTOCOL,
+  type RouteRow,
+  routeKey,
+  rowsOf,
+  type SubnetRow,
+  subnetKey,
+} from "./core/image.ts";
+import { chooseUplink, type Uplink, type UplinkWish } from "./core/interfaces.ts";
+import { contains, formatCidr, formatIpv4, type Ipv4, type Prefix } from "./core/ipv4.ts";
+import {
+  type ExcludedRow,
+  excludedOf,
+  type Masquerade,
+  type UplinkRow,
+  uplinkKey,
+  uplinksOf,
+} from "./core/masquerade.ts";
+import type { Lease, Mac, Network, StoreEvent } from "./core/model.ts";
+import { findPods, NO_PODS, type Pods } from "./core/pods.ts";
+import { type PeerHealth, probeSourceOf, probeTargetOf } from "./core/probes.ts";
+import { formatSubnetFile } from "./core/subnetfile.ts";
+import { Table } from "./core/table.ts";
+import type { MapRows, World } from "./core/world.ts";
+
+export interface AgentOptions {
+  readonly wish: UplinkWish;
+  /** How long before its end a lease is renewed. */
+  readonly renewMarginMs: number;
+  /** Default: a day. */
+  readonly leaseTtlSeconds?: number;
+  /** The subnet of a former run. */
+  readonly previous: Prefix | undefined;
+  readonly fastPath: FastPath;
+  /** What comes from outside the network is let in to pods past the policy that Docker sets. */
+  readonly forwardRules?: boolean;
+  readonly ipMasq: boolean;
+  /** Undefined without --ip-masq. */
+  readonly masquerade?: Masquerade | undefined;
+  readonly blackholeRoute: boolean;
+  /** A changed network config takes effect at once; default true. */
+  readonly followConfig?: boolean;
+  readonly resyncMs: number;
+  readonly sourcePorts: { readonly min: number; readonly max: number };
+  readonly ttl: number;
+  /** How often each peer is asked whether it answers; undefined for never. */
+  readonly probeMs?: number | undefined;
+  /** What goes to each peer and comes from it is counted. */
+  readonly countPeers?: boolean;
+}
+
+/** What the host's packet filter means for the programs. */
+export interface Judgement {
+  readonly needsStack: boolean;
+  /** Why pods' packets take the stack. */
+  readonly reasons: readonly string[];
+  /** What comes from outside the network to pods goes past the stack. */
+  readonly letsIn: boolean;
+  /** Why it does not, if only that takes the stack. */
+  readonly outside: readonly string[];
+}
+
+/** Why the agent can't go on; the process ends with exit code 1, forwarding left as it is. */
+export class FatalError extends Error {
+  override readonly name = "FatalError";
+}
+
+/** What `twill status` and the metrics show. */
+export interface AgentStatus {
+  readonly phase:
+    | "waiting for etcd"
+    | "waiting for the network config"
+    | "waiting for a subnet"
+    | "forwarding";
+  readonly ready: boolean;
+  readonly network: Network | undefined;
+  readonly uplink: { readonly name: string; readonly address: string; readonly publicIp: string } | undefined;
+  readonly device: string | undefined;
+  readonly subnet: string | undefined;
+  readonly mtu: number | undefined;
+  /** Milliseconds from now until the lease ends; undefined for a reservation. */
+  readonly leaseEndsInMs: number | undefined;
+  readonly revision: bigint;
+  readonly peers: number;
+  readonly ignored: readonly { readonly key: string; readonly reason: string }[];
+  readonly endpoints: number;
+  readonly rejections: readonly { readonly key: string; readonly reason: string }[];
+  readonly warnings: readonly string[];
+  /** What `--fast-path=auto` has come to; undefined with another setting, and before there is a subnet. */
+  readonly firewall: Judgement | undefined;
+  readonly failures: readonly { readonly what: string; readonly reason: string }[];
+  /** How many peers answer; undefined if they are not asked. */
+  readonly probes: ProbeStatus | undefined;
+}
+
+const RETRY_MIN_MS = 100;
+const RETRY_MAX_MS = 30_000;
+/** How long a lease that a snapshot lacks stays in force; nodes notice within some seconds that theirs is gone. */
+const FORGET_MS = 30_000;
+/** The shortest time between two reads of the peers' maps because packets were refused. */
+const REFUSED_MS = 500;
+/**
+ * A resync dumps the kernel's tables, of whose changes we are told anyway, only as often as the looking at them takes no
+ * more than this share of the time: with some ten thousand peers every few minutes. The maps are read back each time.
+ */
+const DUMP_SHARE = 1 / 500;
+const TABLE_MAIN = 254;
+const UNICAST = 1;
+const BLACKHOLE = 6;
+const ETHERNET = 1;
+const PERMANENT = 128;
+/** RTPROT_BOOT: what flanneld leaves behind. */
+const ROUTE_PROTOCOL_BOOT = 3;
+/** Owner of routes that no lease gives; no key of a lease looks so. */
+const COMMON = "network";
+const HOOKS = Object.keys(DIRECTIONS) as Hook[];
+export class Agent {
+  readonly #world: World;
+  readonly #attempts: Attempts;
+  readonly #device: TunnelDevice;
+  readonly #writer: Writer;
+  readonly #probing: Probing | undefined;
+  readonly #commands: Commands;
+  readonly #options: AgentOptions;
+  readonly #host = new Host();
+
+  #desired: Desired;
+  /** What the rest builds on; looked at again when the host or the config changed. */
+  #base: Base | undefined;
+  #uplink: Uplink | undefined;
+  #claimed: Network | undefined;
+  #wayOut: string | undefined;
+  readonly #lease: LeaseKeeper;
+  #facts: Facts | undefined;
+  #factsText = "";
+  /** Blocks that were ours under an earlier config or in a former run. */
+  readonly #formerBlocks: Prefix[] = [];
+  #configText = "";
+  #pods: Pods = NO_PODS;
+  #firewall: Firewall | undefined;
+  #judgement: Judgement | undefined;
+  /** What the judgement is of. */
+  #judged = "";
+  #fileText: string | undefined;
+  #ready = false;
+
+  // What the next round has to look at again. Only a resync and a new config look at everything.
+  #isMirrored = false;
+  #dumpStale = false;
+  /** When a resync may dump the kernel's tables again. */
+  #nextDump = 0;
+  #mapsStale = false;
+  #attachmentsStale = false;
+  #baseStale = true;
+  #tidyStale = true;
+  #rowsStale = true;
+  #pathsStale = true;
+  #podsStale = true;
+  #waysStale = true;
+  #uplinksStale = true;
+  #addressStale = true;
+  #tablesStale = true;
+  #activateStale = false;
+
+  /** How each peer's public address is reached, and by which interfaces. */
+  readonly #paths = new Map<Ipv4, Path | undefined>();
+  readonly #ways = new Set<number>();
+  readonly #rows = new Map<string, LeaseRows>();
+  /** Keys of the routes that no lease gives. */
+  #commonRoutes: ReadonlySet<string> = new Set();
+  /** Leases that give no rows, and why. */
+  readonly #ignored = new Map<string, string>();
+  readonly #lengths = new Map<number, number>();
+  /** How many peers are reached without a tunnel. */
+  #directs = 0;
+
+  readonly #subnets = new Table<SubnetRow>("subnets4");
+  readonly #peers = new Table<PeerRow>("peers4");
+  readonly #endpoints = new Table<EndpointRow>("endpoints4");
+  readonly #interfaces = new Table<InterfaceRow>("interfaces");
+  // Where pods leave for the outside, and where they keep their address.
+  readonly #uplinks = new Table<UplinkRow>("uplinks4");
+  readonly #excluded = new Table<ExcludedRow>("excluded4");
+  #uplinkIndexes: readonly number[] = [];
+  /** The last row of each uplink, also of one that has no address for a moment. */
+  readonly #lastUplinks = new Map<string, UplinkRow>();
+  readonly #routes = new Table<RouteRow>("routes");
+  readonly #neighbours = new Table<NeighbourRow>("neighbours");
+  readonly #fdb = new Table<FdbRow>("fdb");
+  readonly #attachments = new Table<AttachmentRow>("attachments");
+  readonly #tables: readonly Pick<Table<unknown>, "name" | "retry" | "failures">[];
+
+  #cancelRound: (() => void) | undefined;
+  #cancelRetry: (() => void) | undefined;
+  #cancelResync: (() => void) | undefined;
+  #cancelForget: (() => void) | undefined;
+  #retryMs = RETRY_MIN_MS;
+  /** Until when refused packets are no reason to look, and for how long then. */
+  #trustedUntil = 0;
+  #trustMs = REFUSED_MS;
+  #stopped = false;
+  readonly #fail: (error: Error) => void;
+
+  /** `fail` is told of a FatalError or of a broken invariant; the agent has stopped then. */
+  constructor(options: AgentOptions, world: World, fail: (error: Error) => void) {
+    this.#options = options;
+    this.#desired = emptyDesired(options.followConfig);
+    this.#world = world;
+    this.#fail = fail;
+    this.#lease = new LeaseKeeper(options, world, () => this.#wake());
+    this.#attempts = new Attempts(world);
+    this.#device = new TunnelDevice(this.#host, world, this.#attempts, (what) => this.#reread(what));
+    this.#writer = new Writer(world, this.#attempts);
+    this.#commands = new Commands(world, () => this.#wake());
+    const { openProber } = world;
+    const { probeMs } = options;
+    if (openProber !== undefined && probeMs !== undefined)
+      this.#probing = new Probing(world, openProber, probeMs);
+    this.#tables = [
+      this.#peers,
+      this.#neighbours,
+      this.#fdb,
+      this.#routes,
+      this.#subnets,
+      this.#endpoints,
+      this.#interfaces,
+      this.#uplinks,
+      this.#excluded,
+      this.#attachments,
+    ];
+    if (options.previous !== undefined) this.#formerBlocks.push(options.previous);
+  }
+
+  /** Begins; events may come from now on. */
+  start(): void {
+    this.#attempts.attempt("kernel tables", () => this.#dump());
+    this.#scheduleResync();
+    this.#wake();
+  }
+
+  /** Ends the loop. The kernel is left as it is. */
+  stop(): void {
+    this.#stopped = true;
+    this.#lease.stop();
+    this.#probing?.stop();
+    this.#commands.stop();
+    for (const cancel of [this.#cancelRound, this.#cancelRetry, this.#cancelResync, this.#cancelForget])
+      cancel?.();
+  }
+
+  onStore(event: StoreEvent): void {
+    const before = this.#desired;
+    this.#desired = fold(before, event);
+    if (event.kind === "synced") this.#awaitMissing();
+    this.#lease.onStore(event);
+    if (this.#desired !== before) this.#wake();
+  }
+
+  /** Gives the nodes whose leases a snapshot lacks the time to put them back. */
+  #awaitMissing(): void {
+    const { size } = this.#desired.missing;
+    this.#cancelForget?.();
+    if (size === 0) return;
+    const seconds = FORGET_MS / 1000;
+    this.#world.log.warn({ leases: size, seconds }, "leases are missing from etcd: kept for a while");
+    this.#cancelForget = this.#world.clock.after(FORGET_MS, () => this.#forgetMissing());
+  }
+
+  /** Lets go of missing leases if the store, asked again, does not have them; if it does not answer, it stays so. */
+  #forgetMissing(): void {
+    const { store, clock } = this.#world;
+    const forgetAll = ({ records }: Awaited<ReturnType<typeof store.list>>): void => {
+      if (this.#stopped) return;
+      this.#desired = forget(this.#desired, new Set(records.map(({ key }) => key.slice("subnets/".length))));
+      this.#wake();
+    };
+    const again = (): void => {
+      if (!this.#stopped) this.#cancelForget = clock.after(FORGET_MS, () => this.#forgetMissing());
+    };
+    store.list("subnets/").then(forgetAll, again);
+  }
+
+  onNetlink(event: NetlinkEvent): void {
+    for (const each of this.#host.apply(event)) this.#take(each);
+    this.#wake();
+  }
+
+  /** The host's packet filter, as it is now. To be told of before `start`, or pods' packets take the stack. */
+  onFirewall(firewall: Firewall): void {
+    this.#firewall = firewall;
+    this.#judged = "";
+    this.#wake();
+  }
+
+  /** Notifications were lost: look at everything. */
+  onOverrun(): void {
+    this.#nextDump = 0;
+    this.#resync();
+  }
+
+  /**
+   * The programs have dropped tunnel packets as nobody's. They may be a peer's whose rows are gone by another hand: the
+   * maps are read back, ever more rarely while there is nothing wrong with them.
+   */
+  onRefused(): void {
+    const now = this.#world.clock.now();
+    if (now < this.#trustedUntil || this.#configText === "") return;
+    this.#trustedUntil = now + this.#trustMs;
+    this.#trustMs = Math.min(2 * this.#trustMs, Math.max(REFUSED_MS, this.#options.resyncMs));
+    this.#mapsStale = true;
+    this.#wake();
+  }
+
+  /** Marks what a change of the host may have changed for us. */
+  #take(event: NetlinkEvent): void {
+    const facts = this.#facts;
+    const isGone = event.change === "delete";
+    const isInSubnet = (address: Ipv4): boolean => facts === undefined || contains(facts.subnet, address);
+    switch (event.kind) {
+      case "link": {
+        const { index } = event.row;
+        this.#baseStale = this.#tidyStale = true;
+        if (this.#ways.has(index)) this.#movePaths();
+        if (index !== facts?.overlay?.index) this.#podsStale = true;
+        this.#uplinksStale = true;
+        if (!isGone) return;
+        this.#device.forget(index);
+        // With an interface go the programs on it.
+        for (const hook of HOOKS)
+          this.#attachments.observe(attachmentKey({ ifindex: index, hook }), undefined);
+        return;
+      }
+      case "address":
+        this.#baseStale = this.#uplinksStale = true;
+        if (isInSubnet(event.row.address)) this.#podsStale = true;
+        else this.#movePaths();
+        return;
+      case "route": {
+        const { destination, type } = event.row;
+        this.#observeRoute(event.row, isGone);
+        if (type === BLACKHOLE) this.#tidyStale = true;
+        if (isInSubnet(destination.address)) this.#podsStale = true;
+        if (destination.length === 0) this.#baseStale = true;
+        if (facts === undefined || !contains(facts.network.network, destination.address)) this.#movePaths();
+        return;
+      }
+      case "neighbour": {
+        const { index, address } = event.row;
+        const row = isGone ? undefined : neighbourOf(event.row);
+        if (index === facts?.overlay?.index)
+          this.#observe(this.#neighbours, neighbourKey({ index, address }), row);
+        else if (isInSubnet(address)) this.#podsStale = true;
+        return;
+      }
+      case "fdb": {
+        const { index, mac, masterIndex } = event.row;
+        const row = isGone ? undefined : fdbOf(event.row);
+        if (masterIndex !== undefined) this.#podsStale = true;
+        else if (index === facts?.overlay?.index) this.#observe(this.#fdb, fdbKey({ index, mac }), row);
+        return;
+      }
+      case "filter":
+        if (isGone && this.#holdsAttachment(event.row.index)) this.#attachmentsStale = true;
+        return;
+    }
+  }
+
+  #holdsAttachment(ifindex: number): boolean {
+    return HOOKS.some((hook) => this.#attachments.actualRow(attachmentKey({ ifindex, hook })) !== undefined);
+  }
+
+  /** Peers may be reached in another way now, and what could not be written may now be. */
+  #movePaths(): void {
+    this.#pathsStale = true;
+    for (const table of this.#tables) table.retry();
+  }
+
+  status(): AgentStatus {
+    const { network, rejections, warnings, revision } = this.#desired;
+    const { subnet } = this.#lease;
+    const uplink = this.#uplink;
+    const rejected = [...rejections.values()];
+    const failures = [...this.#attempts.failures, ...this.#commands.failures()];
+    for (const table of this.#tables) {
+      for (const [key, reason] of table.failures()) failures.push([`${table.name} ${key}`, reason]);
+    }
+    return {
+      phase: !this.#desired.synced
+        ? "waiting for etcd"
+        : network === undefined
+          ? "waiting for the network config"
+          : subnet === undefined
+            ? "waiting for a subnet"
+            : "forwarding",
+      ready: this.#ready,
+      network,
+      uplink: uplink && {
+        name: uplink.link.name,
+        address: formatIpv4(uplink.address),
+        publicIp: formatIpv4(uplink.publicIp),
+      },
+      device: network && kindOf(network.backend).device?.name,
+      subnet: subnet && formatCidr(subnet),
+      mtu: this.#facts?.mtu,
+      leaseEndsInMs: this.#lease.endsInMs,
+      revision,
+      peers: this.#peers.size,
+      ignored: [...this.#ignored].map(([key, reason]) => ({ key, reason })),
+      endpoints: this.#endpoints.size,
+      rejections: rejected,
+      warnings,
+      firewall: this.#judgement,
+      failures: failures.map(([what, reason]) => ({ what, reason })),
+      probes: this.#probing?.status(),
+    };
+  }
+
+  /** Entries of the maps that are filled from here, as they were seen last. */
+  entries(): Readonly<Record<keyof MapRows, number>> {
+    return {
+      subnets4: this.#subnets.present,
+      peers4: this.#peers.present,
+      endpoints4: this.#endpoints.present,
+      interfaces: this.#interfaces.present,
+      uplinks4: this.#uplinks.present,
+      excluded4: this.#excluded.present,
+    };
+  }
+
+  /** How each peer is that is probed. */
+  peers(): Iterable<PeerHealth> {
+    return this.#probing?.peers.peers() ?? [];
+  }
+
+  /** The peers that packets are to be forwarded to, probed or not. */
+  *forwarded(): Generator<SubnetRow> {
+    for (const { subnet } of this.#rows.values()) if (subnet !== undefined) yield subnet;
+  }
+
+  #wake(): void {
+    if (this.#stopped || this.#cancelRound !== undefined) return;
+    this.#cancelRound = this.#world.clock.after(0, () => {
+      this.#cancelRound = undefined;
+      this.#run();
+    });
+  }
+
+  #run(): void {
+    const { clock, observer } = this.#world;
+    const started = clock.now();
+    const dumps = this.#dumpStale;
+    this.#attempts.begin();
+    try {
+      this.#round();
+    } catch (error) {
+      if (!(error instanceof RoundFailure)) {
+        this.stop();
+        this.#fail(error instanceof Error ? error : new Error(String(error)));
+        return;
+      }
+    }
+    if (dumps) this.#nextDump = clock.now() + (clock.now() - started) / DUMP_SHARE;
+    const failed = this.#isFailing();
+    observer.reconciled(failed ? "failure" : "success", (clock.now() - started) / 1000);
+    observer.changed();
+    if (!failed) {
+      this.#cancelRetry?.();
+      this.#cancelRetry = undefined;
+      this.#retryMs = RETRY_MIN_MS;
+    } else if (this.#cancelRetry === undefined) {
+      this.#cancelRetry = clock.after(this.#retryMs, () => this.#retry());
+      this.#retryMs = Math.min(this.#retryMs * 2, RETRY_MAX_MS);
+    }
+  }
+
+  #isFailing(): boolean {
+    return this.#attempts.failures.size > 0 || this.#tables.some((table) => table.failures().size > 0);
+  }
+
+  #retry(): void {
+    this.#cancelRetry = undefined;
+    for (const table of this.#tables) table.retry();
+    // What was refused may have been, because the kernel is not as we believe.
+    this.#dumpStale = true;
+    this.#wake();
+  }
+
+  #round(): void {
+    const { synced, network, unknownBackend } = this.#desired;
+    if (!synced) return;
+    if (unknownBackend !== undefined) throw new FatalError(unknownBackend);
+    if (network === undefined) return;
+    if (!this.#isMirrored) this.#attempts.must("kernel tables", () => this.#dump());
+    if (this.#dumpStale) this.#attempts.attempt("kernel tables", () => this.#dump());
+    this.#claim(network);
+    const { uplink, overlay } = this.#prepare(network);
+    const kind = kindOf(network.backend);
+    const prepared = this.#commands.prepare(kind.commands, JSON.stringify(network.backend));
+    if (prepared === undefined) return;
+    const { publicIp, address } = uplink;
+    this.#lease.keep(network, kind.attributes({ publicIp, uplink: address, mac: overlay?.mac, ...prepared }));
+    const { subnet } = this.#lease;
+    if (subnet === undefined) return;
+
+    const facts = this.#learnFacts(network, subnet, uplink, overlay);
+    if (this.#addressStale && overlay !== undefined) {
+      this.#device.ensureAddress(overlay.index, subnet, (address) => this.#wasOurs(address, facts));
+    }
+    this.#addressStale = false;
+    const isSettled = this.#commands.settle({ network: network.network, subnet, publicIp });
+    this.#compile(facts);
+    this.#probing?.aim(probeSourceOf(facts));
+    if (this.#tablesStale) this.#observeTables(facts);
+    // Loading programs takes the verifier half a second. The stack, which forwards meanwhile, need not wait for it.
+    if (this.#ready) this.#putPeers();
+    this.#findPods(facts);
+    this.#loadPrograms(facts);
+    if (this.#mapsStale) this.#attempts.attempt("maps", () => this.#observeMaps());
+    if (this.#attachmentsStale) this.#attempts.attempt("attachments", () => this.#observeAttachments());
+    if (this.#uplinksStale) this.#findUplinks(facts);
+    this.#findPrograms(facts);
+
+    const nameOf = (ifindex: number): string => this.#nameOf(ifindex);
+    this.#putPeers();
+    this.#writer.putMap("endpoints4", this.#endpoints);
+    this.#writer.putMap("interfaces", this.#interfaces);
+    this.#writer.putMap("excluded4", this.#excluded);
+    this.#writer.putMap("uplinks4", this.#uplinks);
+    if (this.#activateStale) this.#attempts.attempt("programs", () => this.#activate());
+    this.#writer.attach(this.#attachments, nameOf);
+    this.#writer.detach(this.#attachments, nameOf);
+    this.#writer.removeFromMap("uplinks4", this.#uplinks);
+    this.#writer.removeFromMap("excluded4", this.#excluded);
+    this.#writer.removeFromMap("interfaces", this.#interfaces);
+    this.#writer.removeFromMap("endpoints4", this.#endpoints);
+    this.#writer.removeFromMap("subnets4", this.#subnets);
+    this.#writer.remove(this.#routes, ROUTES);
+    this.#writer.remove(this.#fdb, FDB);
+    this.#writer.remove(this.#neighbours, NEIGHBOURS);
+    this.#writer.removeFromMap("peers4", this.#peers);
+    if (this.#tidyStale) this.#tidy(facts);
+    if (isSettled) this.#finish(facts);
+  }
+
+  /** Sees to it that no other daemon of this host has what we need. Before anything is made for the network. */
+  #claim(network: Network): void {
+    if (this.#claimed === network) return;
+    const objection = this.#attempts.must("claim", () => this.#world.claim(network));
+    if (objection !== undefined) {
+      if (this.#facts === undefined) throw new FatalError(objection);
+      throw this.#attempts.failure("network", objection);
+    }
+    this.#claimed = network;
+  }
+
+  /** Routes to peers, what they lead on to, and what the programs know of them. The programs may be older than that. */
+  #putPeers(): void {
+    this.#writer.putMap("peers4", this.#peers);
+    this.#writer.put(this.#neighbours, NEIGHBOURS);
+    this.#writer.put(this.#fdb, FDB);
+    this.#writer.put(this.#routes, ROUTES, (row) => this.#isRoutable(row));
+    this.#writer.putMap("subnets4", this.#subnets);
+  }
+
+  /** The uplink and the tunnel device, as the config asks for them. */
+  #prepare(network: Network): Base {
+    if (this.#base === undefined || this.#baseStale || this.#base.network !== network) {
+      this.#base = undefined;
+      const uplink = this.#findUplink(network);
+      const overlay = this.#device.ensure(network, uplink, this.#publishedMac(uplink.publicIp));
+      const device = kindOf(network.backend).device?.name;
+      this.#attempts.attempt("sysctls", () => {
+        this.#drifted({ name: "sysctls" }, this.#world.kernel.keepSysctls(device));
+      });
+      this.#base = { network, uplink, overlay };
+      this.#baseStale = false;
+      this.#addressStale = true;
+    }
+    return this.#base;
+  }
+
+  #dump(): void {
+    this.#host.replace(this.#world.kernel.dump());
+    this.#isMirrored = true;
+    this.#dumpStale = false;
+    this.#baseStale = this.#tidyStale = this.#pathsStale = this.#podsStale = this.#tablesStale = true;
+    this.#uplinksStale = true;
+  }
+
+  /** The MAC under which peers know us, so that a device made anew changes nothing for them. */
+  #publishedMac(publicIp: Ipv4): Mac | undefined {
+    for (const lease of this.#desired.leases.values()) if (lease.publicIp === publicIp) return lease.vtepMac;
+    return undefined;
+  }
+
+  #findUplink(network: Network): Uplink {
+    const { wish } = this.#options;
+    const chosen = chooseUplink(wish, {
+      links: [...this.#host.links.values()],
+      addresses: [...this.#host.addresses.values()],
+      defaultRoutes: [...this.#host.defaultRoutes.values()].filter(
+        (route) => route.table === TABLE_MAIN && route.type === UNICAST,
+      ),
+      reach: wish.interfaceCanReach === undefined ? undefined : this.#routesTo([wish.interfaceCanReach])[0],
+    });
+    if ("error" in chosen) {
+      // An uplink that is down for a while is no reason to let go of what still forwards.
+      if (this.#uplink === undefined) throw new FatalError(chosen.error);
+      return this.#uplink;
+    }
+    const objection = kindOf(network.backend).objection?.(chosen);
+    if (objection !== undefined) {
+      if (this.#facts === undefined) throw new FatalError(objection);
+      throw this.#attempts.failure("uplink", objection);
+    }
+    if (this.#uplink?.publicIp !== chosen.publicIp || this.#uplink.link.index !== chosen.link.index) {
+      const { link, address, publicIp } = chosen;
+      this.#world.log.info(
+        { interface: link.name, address: formatIpv4(address), publicIp: formatIpv4(publicIp), mtu: link.mtu },
+        "using this interface to reach other nodes",
+      );
+    }
+    this.#uplink = chosen;
+    this.#noteWayOut(chosen);
+    return chosen;
+  }
+
+  /** Connections to the store may hang for long on a way that is no more; a new way is tried at once. */
+  #noteWayOut({ link, address }: Uplink): void {
+    if (this.#host.links.get(link.index)?.running !== true) {
+      this.#wayOut = "none";
+      return;
+    }
+    const gateways = [...this.#host.defaultRoutes.values()].map(({ outIndex, gateway }) => [
+      outIndex,
+      gateway,
+    ]);
+    const way = JSON.stringify([link.index, address, gateways]);
+    if (this.#wayOut !== undefined && this.#wayOut !== way) {
+      this.#attempts.attempt("neighbours", () => this.#world.kernel.resolveNeighbours(link.index));
+      this.#world.store.reconnect();
+    }
+    this.#wayOut = way;
+  }
+
+  /** Whether an address is in the network, or in one that was ours before. */
+  #wasOurs(address: Ipv4, facts: Facts): boolean {
+    return (
+      contains(facts.network.network, address) || this.#formerBlocks.some((block) => contains(block, address))
+    );
+  }
+
+  #learnFacts(network: Network, subnet: Prefix, uplink: Uplink, overlay: Overlay | undefined): Facts {
+    const facts: Facts = {
+      network,
+      subnet,
+      uplink: { index: uplink.link.index, mtu: uplink.mtu, address: uplink.address },
+      overlay,
+      mtu: kindOf(network.backend).mtu(uplink.mtu),
+      fastPath: this.#options.fastPath,
+      letIn: this.#options.forwardRules ?? true,
+      countPeers: this.#options.countPeers ?? false,
+      masquerade: this.#options.masquerade,
+      sourcePorts: this.#options.sourcePorts,
+      ttl: this.#options.ttl,
+    };
+    const text = JSON.stringify(facts);
+    if (this.#facts !== undefined && text === this.#factsText) return this.#facts;
+    const former = this.#facts?.network.network;
+    const { address, length } = network.network;
+    if (former !== undefined && (former.address !== address || former.length !== length)) {
+      this.#formerBlocks.push(former);
+    }
+    this.#factsText = text;
+    this.#facts = facts;
+    this.#desired = claim(this.#desired, { subnet, publicIp: uplink.publicIp });
+    this.#rowsStale = this.#podsStale = this.#waysStale = this.#tablesStale = this.#tidyStale = true;
+    // The mirror may not have heard yet of what we wrote ourselves.
+    this.#attempts.attempt("kernel tables", () => this.#dump());
+    this.#addressStale = this.#uplinksStale = true;
+    return facts;
+  }
+
+  /** Turns leases into wanted rows: of all leases if the facts or paths changed, else of those that changed. */
+  #compile(facts: Facts): void {
+    if (this.#pathsStale) this.#renewPaths();
+    this.#pathsStale = false;
+    const touched = takeTouched(this.#desired);
+    if (this.#rowsStale) {
+      this.#learnPaths(this.#desired.leases.values());
+      for (const key of [...this.#rows.keys(), ...this.#ignored.keys()]) {
+        if (!this.#desired.leases.has(key)) this.#want(key, undefined, facts);
+      }
+      for (const [key, lease] of this.#desired.leases) this.#want(key, lease, facts);
+      this.#wantRoutes(kindOf(facts.network.backend).routes?.(facts) ?? []);
+      this.#rowsStale = false;
+      return;
+    }
+    // Should one of them fail, they are lost here: then all are looked at.
+    this.#rowsStale = true;
+    this.#learnPaths(Array.from(touched, (key) => this.#desired.leases.get(key)));
+    for (const key of touched) this.#want(key, this.#desired.leases.get(key), facts);
+    this.#rowsStale = false;
+  }
+
+  #rowsFor(lease: Lease, facts: Facts): LeaseRows {
+    const { publicIp } = lease;
+    return rowsOf(lease, this.#paths.get(publicIp), facts);
+  }
+
+  #routesTo(addresses: readonly Ipv4[]): ReturnType<World["kernel"]["routesTo"]> {
+    return this.#attempts.must("route look-up", () => this.#world.kernel.routesTo(addresses));
+  }
+
+  #pathsTo(addresses: readonly Ipv4[]): (Path | undefined)[] {
+    return this.#routesTo(addresses).map((route) => {
+      const link = route === undefined ? undefined : this.#host.links.get(route.outIndex);
+      if (route === undefined || link === undefined) return undefined;
+      return { ...route, mtu: Math.min(route.mtu ?? link.mtu, link.mtu), ethernet: link.type === ETHERNET };
+    });
+  }
+
+  /** Learns the paths to the holders of these leases, as far as they are not known. */
+  #learnPaths(leases: Iterable<Lease | undefined>): void {
+    const unknown = new Set<Ipv4>();
+    for (const lease of leases)
+      if (lease !== undefined && !this.#paths.has(lease.publicIp)) unknown.add(lease.publicIp);
+    if (unknown.size === 0) return;
+    const addresses = [...unknown];
+    const paths = this.#pathsTo(addresses);
+    addresses.forEach((address, index) => {
+      this.#setPath(address, paths[index]);
+    });
+  }
+
+  #setPath(address: Ipv4, path: Path | undefined): void {
+    this.#paths.set(address, path);
+    if (path === undefined || this.#ways.has(path.outIndex)) return;
+    this.#ways.add(path.outIndex);
+    this.#waysStale = true;
+  }
+
+  #renewPaths(): void {
+    const inForce = new Set<Ipv4>();
+    for (const lease of this.#desired.leases.values()) inForce.add(lease.publicIp);
+    this.#ways.clear();
+    this.#waysStale = true;
+    for (const address of this.#paths.keys()) if (!inForce.has(address)) this.#paths.delete(address);
+    const addresses = [...this.#paths.keys()];
+    const paths = this.#pathsTo(addresses);
+    addresses.forEach((address, index) => {
+      const now = paths[index];
+      if (!samePath(now, this.#paths.get(address))) this.#rowsStale = true;
+      this.#setPath(address, now);
+    });
+  }
+
+  /** Wants the rows that a lease gives, in place of those it gave before. */
+  #want(key: string, lease: Lease | undefined, facts: Facts): void {
+    const before = this.#rows.get(key) ?? NO_ROWS;
+    const rows = lease === undefined ? NO_ROWS : this.#rowsFor(lease, facts);
+    exchange(this.#subnets, key, subnetKey, before.subnet, rows.subnet);
+    exchange(this.#peers, key, peerKey, before.peer, rows.peer);
+    exchange(this.#routes, key, routeKey, before.route, rows.route);
+    exchange(this.#neighbours, key, neighbourKey, before.neighbour, rows.neighbour);
+    exchange(this.#fdb, key, fdbKey, before.fdb, rows.fdb);
+    this.#countSubnet(before.subnet, -1);
+    this.#countSubnet(rows.subnet, 1);
+    const reason = lease === undefined ? undefined : kindOf(facts.network.backend).refuses(lease);
+    if (reason === undefined) this.#ignored.delete(key);
+    else if (rows.peer === undefined) this.#ignored.set(key, `${reason}: it is not reached`);
+    else this.#ignored.set(key, `${reason}: it is reached by a plain route`);
+    this.#commands.want(key, reason === undefined ? lease : undefined);
+    if (lease === undefined) this.#rows.delete(key);
+    else this.#rows.set(key, rows);
+    if (lease === undefined || rows.peer === undefined) this.#probing?.peers.unwant(key);
+    else this.#probing?.peers.want(key, { ...lease, target: probeTargetOf(lease, facts) });
+  }
+
+  /** Wants the routes that no lease gives, in place of those before. */
+  #wantRoutes(routes: readonly RouteRow[]): void {
+    const keys = new Set(routes.map(routeKey));
+    for (const key of this.#commonRoutes) if (!keys.has(key)) this.#routes.unwant(key, COMMON);
+    for (const route of routes) this.#routes.want(routeKey(route), route, COMMON);
+    this.#commonRoutes = keys;
+  }
+
+  #countSubnet(row: SubnetRow | undefined, by: number): void {
+    if (row === undefined) return;
+    if (row.reach === "REACH_DIRECT") {
+      this.#directs += by;
+      this.#waysStale = true;
+    }
+    const count = (this.#lengths.get(row.prefixLength) ?? 0) + by;
+    if (count === 0) this.#lengths.delete(row.prefixLength);
+    else this.#lengths.set(row.prefixLength, count);
+  }
+
+  /** Whether peers may be reached without a tunnel: by the backend, or because they have another one than we. */
+  #mayBeDirect({ network }: Facts): boolean {
+    return kindOf(network.backend).direct || this.#directs > 0;
+  }
+
+  /** What the programs may do, by the settings and the host's packet filter. */
+  #judgeFirewall(facts: Facts): Pick<Facts, "fastPath" | "letIn"> {
+    const { fastPath } = facts;
+    if (fastPath !== "FAST_PATH_AUTO")
+      return { fastPath, letIn: facts.letIn && fastPath === "FAST_PATH_ALWAYS" };
+    const nameOf = (ifindex: number): string => this.#nameOf(ifindex);
+    const underlay = [...this.#ethernetWays(facts)].map(nameOf);
+    const interfaces = [...this.#pods.interfaces.keys()].map(nameOf);
+    if (facts.overlay !== undefined) interfaces.push(nameOf(facts.overlay.index));
+    if (this.#mayBeDirect(facts)) interfaces.push(...underlay);
+    const obeysDocker = this.#options.forwardRules === false;
+    const traffic = { network: facts.network.network, interfaces, underlay, obeysDocker };
+    const text = JSON.stringify(traffic);
+    if (text !== this.#judged) {
+      this.#judged = text;
+      this.#judge(traffic, facts.letIn);
+    }
+    const { needsStack = true, letsIn = false } = this.#judgement ?? {};
+    return { fastPath: needsStack ? "FAST_PATH_STACK" : fastPath, letIn: letsIn };
+  }
+
+  #judge(traffic: PodTraffic, letIn: boolean): void {
+    const before = this.#judgement;
+    const firewall = this.#firewall;
+    const reasons =
+      firewall === undefined
+        ? ["the firewall's rules have not been read yet"]
+        : reasonsForStack(firewall, traffic);
+    const needsStack = reasons.length > 0;
+    const outside =
+      firewall === undefined || needsStack || !letIn ? [] : reasonsForOutside(firewall, traffic);
+    const letsIn = letIn && !needsStack && outside.length === 0;
+    this.#judgement = { needsStack, reasons, letsIn, outside };
+    const { log } = this.#world;
+    if (needsStack && reasons.join() !== before?.reasons.join()) {
+      log.info({ reasons }, "the firewall must see what pods send: their packets take the stack");
+    } else if (!needsStack && before?.needsStack === true) {
+      log.info({}, "nothing in the firewall concerns what pods send: their packets skip the stack");
+    }
+    if (outside.length > 0 && outside.join() !== before?.outside.join()) {
+      log.info(
+        { reasons: outside },
+        "the firewall must see what comes to pods from outside the network: those packets take the stack",
+      );
+    }
+  }
+
+  /** Loads programs if what they were loaded with changed; the maps are open from then on. */
+  #loadPrograms(facts: Facts): void {
+    const lengths = new Set([facts.network.subnetLength, ...this.#lengths.keys()]);
+    const judged = { ...facts, ...this.#judgeFirewall(facts) };
+    const config = configOf(judged, [...lengths], this.#mayBeDirect(facts));
+    const text = JSON.stringify(config);
+    if (text === this.#configText) return;
+    this.#attempts.must("programs", () => this.#world.dataplane.load(config));
+    this.#configText = text;
+    this.#mapsStale = this.#activateStale = true;
+  }
+
+  /** Puts the programs loaded last in the place of those that run. */
+  #activate(): void {
+    const { dataplane } = this.#world;
+    dataplane.activate(this.#host.links.keys());
+    dataplane.detachOtherMode(this.#host.links.keys());
+    this.#activateStale = false;
+  }
+
+  #observeMaps(): void {
+    const { dataplane, observer } = this.#world;
+    const unpinned = dataplane.keepPins();
+    const drifted =
+      this.#peers.observeAll(dataplane.rows("peers4")) +
+      this.#subnets.observeAll(dataplane.rows("subnets4")) +
+      this.#endpoints.observeAll(dataplane.rows("endpoints4")) +
+      this.#interfaces.observeAll(dataplane.rows("interfaces")) +
+      this.#uplinks.observeAll(dataplane.rows("uplinks4")) +
+      this.#excluded.observeAll(dataplane.rows("excluded4"));
+    if (this.#ready && unpinned > 0) observer.repaired("pins", unpinned);
+    if (this.#ready && drifted > 0) observer.repaired("maps", drifted);
+    if (drifted > 0) this.#trustMs = REFUSED_MS;
+    this.#attachmentsStale = true;
+    this.#mapsStale = false;
+  }
+
+  #observeAttachments(): void {
+    const rows = this.#world.dataplane.attachments(this.#host.links.keys());
+    this.#drifted(this.#attachments, this.#attachments.observeAll(rows));
+    this.#attachmentsStale = false;
+  }
+
+  /** Takes from the mirror of the kernel's tables what is ours, or a former run's, or flanneld's. */
+  #observeTables(facts: Facts): void {
+    this.#tablesStale = false;
+    const routes = new Map<string, RouteRow>();
+    for (const route of this.#host.routes.values()) {
+      const row = this.#ownRoute(route, facts);
+      if (row !== undefined) routes.set(routeKey(row), row);
+    }
+    const neighbours = new Map<string, NeighbourRow>();
+    const fdb = new Map<string, FdbRow>();
+    if (facts.overlay !== undefined) {
+      for (const neighbour of this.#host.neighbours.of(facts.overlay.index)) {
+        const row = neighbourOf(neighbour);
+        if (row !== undefined) neighbours.set(neighbourKey(row), row);
+      }
+      for (const entry of this.#host.fdb.of(facts.overlay.index)) {
+        const row = fdbOf(entry);
+        if (row !== undefined) fdb.set(fdbKey(row), row);
+      }
+    }
+    this.#drifted(this.#routes, this.#routes.observeAll(routes));
+    this.#drifted(this.#neighbours, this.#neighbours.observeAll(neighbours));
+    this.#drifted(this.#fdb, this.#fdb.observeAll(fdb));
+  }
+
+  #drifted(table: { readonly name: string }, rows: number): void {
+    if (this.#ready && rows > 0) this.#world.observer.repaired(table.name, rows);
+  }
+
+  #observeRoute(route: Route, gone: boolean): void {
+    const facts = this.#facts;
+    // A route of another metric is another route: it does not take the place of ours.
+    if (facts === undefined || route.table !== TABLE_MAIN || route.metric !== 0) return;
+    const { address, length } = route.destination;
+    const row = this.#ownRoute(route, facts);
+    if (row === undefined && gone) return;
+    const key = routeKey({ destination: address, prefixLength: length });
+    this.#observe(this.#routes, key, gone ? undefined : row);
+  }
+
+  /** A route to a peer's subnet: by our tunnel device, or ours or flanneld's by a gateway. */
+  #ownRoute(route: Route, facts: Facts): RouteRow | undefined {
+    const { destination, gateway, outIndex } = route;
+    if (route.table !== TABLE_MAIN || route.type !== UNICAST || route.nexthops.length > 0) return undefined;
+    if (outIndex === undefined || route.metric !== 0) return undefined;
+    // Without a gateway, only what leads to a device of ours.
+    if (gateway === undefined && outIndex !== facts.overlay?.index) return undefined;
+    if (!this.#isOurs(route, facts)) return undefined;
+    return {
+      destination: destination.address,
+      prefixLength: destination.length,
+      gateway,
+      outIndex,
+      onlink: route.onlink,
+      ...(route.mtu === undefined ? {} : { mtu: route.mtu }),
+    };
+  }
+
+  #isOurs({ destination, gateway, outIndex, onlink, protocol }: Route, facts: Facts): boolean {
+    // Of another Twill on this host, with a network of its own, nothing is ours.
+    if (protocol === ROUTE_PROTOCOL) return this.#wasOurs(destination.address, facts);
+    // Commands of the config make such routes, and only they know what for.
+    if (kindOf(facts.network.backend).commands !== undefined) return false;
+    // What flanneld makes for a peer looks like this, whatever the network.
+    if (outIndex === facts.overlay?.index && onlink && gateway === destination.address) return true;
+    const { network, subnetLength } = facts.network;
+    if (destination.length < network.length || !contains(network, destination.address)) return false;
+    if (outIndex === facts.overlay?.index) return true;
+    return protocol === ROUTE_PROTOCOL_BOOT && destination.length === subnetLength;
+  }
+
+  #observe<Row>(table: Table<Row>, key: string, row: Row | undefined): void {
+    if (table.observe(key, row)) this.#drifted(table, 1);
+  }
+
+  /** A route through the tunnel device waits for the entries that lead on from there. */
+  #isRoutable(row: RouteRow): boolean {
+    if (row.gateway === undefined || row.outIndex !== this.#facts?.overlay?.index) return true;
+    if (!kindOf(this.#facts.network.backend).device?.asksForNeighbours) return true;
+    const neighbour = neighbourKey({ index: row.outIndex, address: row.gateway });
+    const mac = this.#neighbours.actualRow(neighbour)?.mac;
+    return (
+      mac !== undefined &&
+      this.#neighbours.isSettled(neighbour) &&
+      this.#fdb.isSettled(fdbKey({ index: row.outIndex, mac }))
+    );
+  }
+
+  #findPods(facts: Facts): void {
+    if (this.#podsStale) {
+      this.#podsStale = false;
+      const not = new Set([facts.uplink.index, facts.overlay?.index ?? 0]);
+      this.#pods = findPods(this.#host, facts.subnet, not, this.#pods);
+      const endpoints = new Map<string, EndpointRow>();
+      for (const endpoint of this.#pods.endpoints.values()) endpoints.set(endpointKey(endpoint), endpoint);
+      const interfaces = new Map<string, InterfaceRow>();
+      for (const { ifindex, gatewayMac, bridge } of this.#pods.interfaces.values()) {
+        interfaces.set(interfaceKey({ ifindex }), { ifindex, gatewayMac, bridge });
+      }
+      this.#endpoints.wantAll(endpoints);
+      this.#interfaces.wantAll(interfaces);
+      this.#waysStale = this.#uplinksStale = true;
+    }
+  }
+
+  #findPrograms(facts: Facts): void {
+    if (!this.#waysStale) return;
+    this.#waysStale = false;
+    const ways = this.#ethernetWays(facts);
+    const direct = this.#mayBeDirect(facts);
+    this.#attachments.wantAll(attachmentsOf(facts, this.#pods, ways, this.#uplinkIndexes, direct));
+  }
+
+  /** By which interfaces, and under which addresses, pods are masqueraded. */
+  #findUplinks(facts: Facts): void {
+    this.#uplinksStale = false;
+    this.#waysStale = true;
+    const { masquerade, overlay, uplink } = facts;
+    this.#excluded.wantAll(excludedOf(masquerade?.excluded ?? []));
+    if (masquerade === undefined || !kindOf(facts.network.backend).forwards) {
+      this.#uplinks.wantAll(new Map());
+      this.#uplinkIndexes = [];
+      return;
+    }
+    const rows = uplinksOf(
+      { links: this.#host.links.values(), addresses: this.#host.addresses.values() },
+      (index) => index === overlay?.index || this.#pods.interfaces.has(index),
+      uplink,
+      overlay && { index: overlay.index, address: facts.subnet.address },
+      (key) => this.#lastUplinks.get(key) ?? this.#uplinks.actualRow(key),
+    );
+    for (const row of rows.values()) this.#lastUplinks.set(uplinkKey(row), row);
+    this.#uplinks.wantAll(rows);
+    this.#uplinkIndexes = [...rows.values()]
+      .map(({ ifindex }) => ifindex)
+      .filter((ifindex) => ifindex !== overlay?.index);
+  }
+
+  /** The Ethernet interfaces by which peers reach us. */
+  #ethernetWays(facts: Facts): ReadonlySet<number> {
+    const ways = [facts.uplink.index, ...this.#ways];
+    return new Set(ways.filter((index) => this.#host.links.get(index)?.type === ETHERNET));
+  }
+
+  #nameOf(ifindex: number): string {
+    return this.#host.links.get(ifindex)?.name ?? `interface ${ifindex}`;
+  }
+
+  /** What is rarely to be done, and only once the rest is in order. */
+  #tidy(facts: Facts): void {
+    this.#blackhole(facts);
+    if (this.#isFailing()) return;
+    this.#device.removeFormer(facts.overlay?.index, (address) => this.#wasOurs(address, facts));
+    this.#tidyStale = false;
+  }
+
+  /** With --ip-blackhole-route, what is for a pod that does not exist ends here instead of going in circles. */
+  #blackhole(facts: Facts): void {
+    if (!this.#options.blackholeRoute) return;
+    for (const route of this.#host.routes.values()) {
+      const { destination } = route;
+      if (route.type !== BLACKHOLE || destination.length !== facts.subnet.length) continue;
+      if (destination.address === facts.subnet.address) return;
+    }
+    this.#attempts.apply("blackhole route", [
+      { write: "replaceRoute", destination: facts.subnet, type: BLACKHOLE },
+    ]);
+  }
+
+  #finish(facts: Facts): void {
+    const text = formatSubnetFile({
+      network: facts.network.network,
+      subnet: facts.subnet,
+      mtu: facts.mtu,
+      ipMasq: this.#options.ipMasq,
+    });
+    if (text !== this.#fileText) {
+      const done = this.#attempts.attempt("subnet file", () => this.#world.writeSubnetFile(text));
+      if (!done) return;
+      this.#fileText = text;
+    }
+    if (this.#ready || this.#configText === "") return;
+    this.#ready = true;
+    this.#world.observer.ready();
+  }
+
+  #scheduleResync(): void {
+    this.#cancelResync = this.#world.clock.after(this.#options.resyncMs, () => this.#resync());
+  }
+
+  /** Has everything read back, for what changes without a notification. */
+  #resync(): void {
+    this.#cancelResync?.();
+    if (this.#stopped) return;
+    // Sysctls change without a word.
+    this.#baseStale = true;
+    if (this.#world.clock.now() >= this.#nextDump) this.#dumpStale = true;
+    this.#mapsStale = this.#configText !== "";
+    this.#scheduleResync();
+    this.#wake();
+  }
+
+  #reread(what: string): void {
+    this.#dumpStale = true;
+    this.#attempts.must(what, () => this.#dump());
+  }
+}
+
+/** What the host and the config together give. */
+interface Base {
+  readonly network: Network;
+  readonly uplink: Uplink;
+  readonly overlay: Overlay | undefined;
+}
+
+function samePath(a: Path | undefined, b: Path | undefined): boolean {
+  if (a === undefined || b === undefined) return a === b;
+  return (
+    a.outIndex === b.outIndex &&
+    a.gateway === b.gateway &&
+    a.source === b.source &&
+    a.mtu === b.mtu &&
+    a.ethernet === b.ethernet
+  );
+}
+
+/** Replaces one row that a lease wants by another. */
+function exchange<Row>(
+  table: Table<Row>,
+  owner: string,
+  keyOf: (row: Row) => string,
+  before: Row | undefined,
+  after: Row | undefined,
+): void {
+  if (before === after) return;
+  const [formerKey, key] = [before && keyOf(before), after && keyOf(after)];
+  if (after !== undefined && key !== undefined) table.want(key, after, owner);
+  if (formerKey !== undefined && formerKey !== key) table.unwant(formerKey, owner);
+}
+
+function neighbourOf(row: {
+  index: number;
+  address: Ipv4;
+  mac: Mac | undefined;
+  state: number;
+}): NeighbourRow | undefined {
+  if (row.mac === undefined || (row.state & PERMANENT) === 0) return undefined;
+  return { index: row.index, address: row.address, mac: row.mac };
+}
+
+function fdbOf(row: { index: number; mac: Mac; dst: Ipv4 | undefined }): FdbRow | undefined {
+  return row.dst === undefined ? undefined : { index: row.index, mac: row.mac, dst: row.dst };
+}

@@ -1,0 +1,181 @@
+/**
+ * Writes the differences of tables into the kernel. Each row has its own outcome: one that is refused stays
+ * different, waits for its own pause and holds up no other; the log tells of it once.
+ */
+import type { Write } from "../core/host.ts";
+import {
+  type AttachmentRow,
+  type FdbRow,
+  type NeighbourRow,
+  ROUTE_PROTOCOL,
+  type RouteRow,
+} from "../core/image.ts";
+import type { Difference, Table } from "../core/table.ts";
+import type { MapRows, World } from "../core/world.ts";
+import { type Attempts, reasonOf } from "./attempts.ts";
+
+/** How rows of a kernel table are written and removed. */
+export interface RowWrites<Row> {
+  put(row: Row): Write;
+  remove(row: Row): Write;
+}
+
+export class Writer {
+  readonly #world: Pick<World, "kernel" | "dataplane" | "log" | "observer">;
+  readonly #attempts: Attempts;
+
+  constructor(world: Pick<World, "kernel" | "dataplane" | "log" | "observer">, attempts: Attempts) {
+    this.#world = world;
+    this.#attempts = attempts;
+  }
+
+  /** Writes the wanted rows of a map. */
+  putMap<Name extends keyof MapRows>(name: Name, table: Table<MapRows[Name]>): void {
+    this.#writeMap(name, table, "put", ({ want }) => want);
+  }
+
+  /** Removes the rows of a map that are not wanted. */
+  removeFromMap<Name extends keyof MapRows>(name: Name, table: Table<MapRows[Name]>): void {
+    this.#writeMap(name, table, "remove", ({ want, have }) => (want === undefined ? have : undefined));
+  }
+
+  /** Writes or removes the differing rows of a map in one batch; how far one that failed came is read back. */
+  #writeMap<Name extends keyof MapRows>(
+    name: Name,
+    table: Table<MapRows[Name]>,
+    call: "put" | "remove",
+    rowOf: (difference: Difference<MapRows[Name]>) => MapRows[Name] | undefined,
+  ): void {
+    const rows = new Map<string, MapRows[Name]>();
+    for (const difference of table.differences()) {
+      const row = rowOf(difference);
+      if (row !== undefined) rows.set(difference.key, row);
+    }
+    if (rows.size === 0) return;
+    const { dataplane } = this.#world;
+    try {
+      dataplane[call](name, [...rows.values()]);
+    } catch (error) {
+      this.#attempts.attempt("maps", () => table.observeAll(dataplane.rows(name)));
+      this.#refused(table, new Map([...rows.keys()].map((key) => [key, reasonOf(error)])));
+      return;
+    }
+    for (const [key, row] of rows) table.observe(key, call === "put" ? row : undefined);
+  }
+
+  /** Writes wanted rows of a kernel table, those that may be put already. */
+  put<Row>(table: Table<Row>, writes: RowWrites<Row>, mayPut: (row: Row) => boolean = () => true): void {
+    this.#write(table, "put", (row) => writes.put(row), mayPut);
+  }
+
+  /** Removes the rows of a kernel table that are not wanted. */
+  remove<Row>(table: Table<Row>, writes: RowWrites<Row>): void {
+    this.#write(
+      table,
+      "remove",
+      (row) => writes.remove(row),
+      () => true,
+    );
+  }
+
+  #write<Row>(
+    table: Table<Row>,
+    what: "put" | "remove",
+    writeOf: (row: Row) => Write,
+    mayPut: (row: Row) => boolean,
+  ): void {
+    const differences: Difference<Row>[] = [];
+    const writes: Write[] = [];
+    for (const difference of table.differences()) {
+      const { want, have } = difference;
+      const row = what === "put" ? want : want === undefined ? have : undefined;
+      if (row === undefined || (what === "put" && !mayPut(row))) continue;
+      differences.push(difference);
+      writes.push(writeOf(row));
+    }
+    if (writes.length === 0) return;
+    const results = this.#attempts.must(table.name, () => this.#world.kernel.apply(writes));
+    const refused = new Map<string, string>();
+    differences.forEach(({ key, want }, index) => {
+      const error = results[index];
+      if (error === undefined) table.observe(key, want);
+      else refused.set(key, error.message);
+    });
+    this.#refused(table, refused);
+  }
+
+  /** Attaches wanted programs; `nameOf` gives an interface its name, for people. */
+  attach(attachments: Table<AttachmentRow>, nameOf: (ifindex: number) => string): void {
+    const refused = new Map<string, string>();
+    for (const { key, want } of [...attachments.differences()]) {
+      if (want === undefined) continue;
+      try {
+        this.#world.dataplane.attach(want);
+        attachments.observe(key, want);
+      } catch (error) {
+        refused.set(key, `on ${nameOf(want.ifindex)}: ${reasonOf(error)}`);
+      }
+    }
+    this.#refused(attachments, refused);
+  }
+
+  /** Detaches programs that are not wanted. */
+  detach(attachments: Table<AttachmentRow>, nameOf: (ifindex: number) => string): void {
+    const refused = new Map<string, string>();
+    for (const { key, want, have } of [...attachments.differences()]) {
+      if (want !== undefined || have === undefined) continue;
+      try {
+        this.#world.dataplane.detach(have);
+        attachments.observe(key, undefined);
+      } catch (error) {
+        refused.set(key, `on ${nameOf(have.ifindex)}: ${reasonOf(error)}`);
+      }
+    }
+    this.#refused(attachments, refused);
+  }
+
+  /** Notes rows that could not be written, by key with the reason; the log tells of each once. */
+  #refused<Row>(table: Table<Row>, rows: ReadonlyMap<string, string>): void {
+    let news = 0;
+    let first = "";
+    for (const [key, reason] of rows) {
+      this.#world.observer.failed(table.name);
+      if (!table.fail(key, reason)) continue;
+      news += 1;
+      if (news === 1) first = `${key}: ${reason}`;
+    }
+    if (news > 0) {
+      this.#world.log.warn({ table: table.name, rows: news, first }, "could not be written; trying again");
+    }
+  }
+}
+
+export const ROUTES: RowWrites<RouteRow> = {
+  put(row) {
+    const { gateway, outIndex, onlink, mtu } = row;
+    const destination = { address: row.destination, length: row.prefixLength };
+    return { write: "replaceRoute", destination, gateway, outIndex, onlink, mtu, protocol: ROUTE_PROTOCOL };
+  },
+  remove(row) {
+    const destination = { address: row.destination, length: row.prefixLength };
+    return { write: "deleteRoute", destination, gateway: row.gateway, outIndex: row.outIndex };
+  },
+};
+
+export const NEIGHBOURS: RowWrites<NeighbourRow> = {
+  put(row) {
+    return { write: "replaceNeighbour", ...row, permanent: true };
+  },
+  remove(row) {
+    return { write: "deleteNeighbour", index: row.index, address: row.address };
+  },
+};
+
+export const FDB: RowWrites<FdbRow> = {
+  put(row) {
+    return { write: "replaceFdb", ...row };
+  },
+  remove(row) {
+    return { write: "deleteFdb", ...row };
+  },
+};
