@@ -1,0 +1,759 @@
+/**
+ * The daemon: reads the command line, opens the outside world, wires it to the agent, and ends.
+ *
+ * Ending leaves everything in the kernel as it is; only `twill uninstall` takes it away. Exit codes: 0 a clean
+ * end, 1 a failure, 2 a command line that can't be obeyed.
+ */
+import { createHash, randomInt } from "node:crypto";
+import { existsSync, readFileSync } from "node:fs";
+import { uptime } from "node:os";
+import { dirname, join, resolve } from "node:path";
+import { fileURLToPath } from "node:url";
+import { CompileError, compile } from "../loader/index.ts";
+import { ABI_DIGEST, type HookCounts, type VerdictCounts } from "./abi/twill.gen.ts";
+import { Agent, type AgentStatus } from "./agent.ts";
+import { claimOf } from "./core/claim.ts";
+import { isUnanswered } from "./core/host.ts";
+import type { FastPath } from "./core/image.ts";
+import { formatCidr, formatIpv4, type Ipv4 } from "./core/ipv4.ts";
+import { LEASE_REPORTS } from "./core/leaselife.ts";
+import { type Masquerade, timeoutsOf } from "./core/masquerade.ts";
+import { reservePorts } from "./core/ports.ts";
+import type { PeerHealth } from "./core/probes.ts";
+import { readSubnetFile } from "./core/subnetfile.ts";
+import { openRunner } from "./edge/command.ts";
+import { translatedTuples } from "./edge/conntrack.ts";
+import {
+  type Census,
+  countEntries,
+  Dataplane,
+  mapCapacity,
+  NO_TRAFFIC,
+  type PeerTraffic,
+  readCensus,
+  readCounters,
+  readPrograms,
+  readTraffic,
+} from "./edge/dataplane.ts";
+import { openStore, type StoreState } from "./edge/etcd.ts";
+import { openFirewall } from "./edge/firewall.ts";
+import {
+  bootId,
+  defaultTtl,
+  localPortRange,
+  RESERVED_PORTS,
+  readCapabilities,
+  readSysctl,
+  writeFileAtomically,
+  writeSysctl,
+} from "./edge/host.ts";
+import { openNetlink } from "./edge/netlink.ts";
+import { openNotifier } from "./edge/notify.ts";
+import { openProber } from "./edge/probe.ts";
+import {
+  claim,
+  enterRundir,
+  leaveRundir,
+  type PeerNote,
+  type PeersNote,
+  peersPathOf,
+  readMasqueradeNote,
+  readTrialNote,
+  statusPathOf,
+  writeMasqueradeNote,
+  writeTrialNote,
+} from "./edge/rundir.ts";
+import { type Collected, createTelemetry, type Telemetry } from "./edge/telemetry.ts";
+import { parseFlags, type Settings, UsageError } from "./flags.ts";
+
+/** The folder of the installation: what is built lies in its dist/. */
+const ROOT = join(dirname(fileURLToPath(import.meta.url)), "..", "..");
+const OBJECT = join(ROOT, "dist", "bpf", "twill.bpf.o");
+const SOURCE = join(ROOT, "bpf", "twill.bpf.c");
+const CACHE = "/var/cache/twill";
+/** What ends by itself after a signal has so long; then the process ends without it. */
+const STOP_MS = 10_000;
+const STATUS_MS = 500;
+/** How old what is written of each peer may be, unless they are many; that one ceased to answer is written at once. */
+const PEERS_MS = 5000;
+/** For each peer, between two times: with 10,000 half a minute. */
+const PEER_PAUSE_MS = 3;
+/** Peers that are written. */
+const PEERS_LISTED = 10_000;
+/** How often the flows that stay on the stack are counted, and the pause between two steps of a count. */
+const FLOWS_MS = 10_000;
+const FLOWS_STEP_MS = 20;
+/** How often to look whether the programs drop tunnel packets as no peer's. */
+const REFUSED_MS = 250;
+
+const FAST_PATHS: Readonly<Record<Settings["fastPath"], FastPath>> = {
+  off: "FAST_PATH_OFF",
+  auto: "FAST_PATH_AUTO",
+  always: "FAST_PATH_ALWAYS",
+};
+
+const version = (): string =>
+  (JSON.parse(readFileSync(join(ROOT, "package.json"), "utf8")) as { version: string }).version;
+
+/** The compiled programs: as installed, or compiled now from the sources beside them. */
+function findObject(): string {
+  if (existsSync(OBJECT)) return OBJECT;
+  const missing = `the programs are missing (${OBJECT})`;
+  if (!existsSync(SOURCE)) throw new Error(`${missing}, and so are their sources: install Twill again`);
+  try {
+    return compile({ source: SOURCE, includeDirs: [dirname(SOURCE)], cacheDir: CACHE }).path;
+  } catch (error) {
+    if (!(error instanceof CompileError)) throw error;
+    throw new Error(`${missing} and could not be compiled: ${error.message}`);
+  }
+}
+
+function previousSubnet(path: string): ReturnType<typeof readSubnetFile>["subnet"] {
+  return existsSync(path) ? readSubnetFile(readFileSync(path, "utf8")).subnet : undefined;
+}
+
+async function main(): Promise<number> {
+  let settings: Settings;
+  try {
+    const invocation = parseFlags(process.argv.slice(2), process.env);
+    if (invocation.kind === "help") {
+      process.stdout.write(invocation.text);
+      return 0;
+    }
+    if (invocation.kind === "version") {
+      process.stderr.write(`${version()}\n`);
+      return 0;
+    }
+    settings = invocation.settings;
+  } catch (error) {
+    if (!(error instanceof UsageError)) throw error;
+    process.stderr.write(`twilld: ${error.message}\n`);
+    return 2;
+  }
+  const telemetry = createTelemetry({
+    version: version(),
+    abi: ABI_DIGEST.slice(0, 12),
+    logFormat: settings.logFormat,
+    logLevel: settings.logLevel,
+  });
+  try {
+    return await run(settings, telemetry);
+  } catch (error) {
+    telemetry.log.error(error instanceof Error ? error.message : String(error));
+    return 1;
+  } finally {
+    await telemetry.close();
+  }
+}
+
+/** What sets each sysctl of ours that is otherwise, and returns how many were. */
+function sysctlKeeper(settings: Settings): (device: string | undefined) => number {
+  let ports: string | undefined;
+  return (device) => {
+    let changed = 0;
+    const quiet = device === undefined ? undefined : ["ipv6", "conf", device, "accept_ra"];
+    const before = quiet && readSysctl(quiet);
+    if (quiet !== undefined && before !== undefined && before !== "0") {
+      writeSysctl(quiet, "0");
+      changed += 1;
+    }
+    const note =
+      settings.ipMasq && readSysctl(RESERVED_PORTS) !== ports && readMasqueradeNote(settings.pinPath);
+    if (note && reserveMasqueradePorts(settings, note)) changed += 1;
+    if (note) ports = readSysctl(RESERVED_PORTS);
+    return changed;
+  };
+}
+
+/**
+ * Reserves the ports of masqueraded connections, or gives back those of an earlier run, and notes what is ours; whether
+ * there was anything to do.
+ */
+function reserveMasqueradePorts(
+  { pinPath, ipMasq, masqPorts }: Settings,
+  note: { readonly seed: number; readonly reserved: string },
+): boolean {
+  const before = readSysctl(RESERVED_PORTS) ?? "";
+  const wanted = ipMasq ? `${masqPorts.first}-${masqPorts.last}` : "";
+  const { reserved, ours } = reservePorts(before, note.reserved, wanted);
+  if (ours !== note.reserved) writeMasqueradeNote(pinPath, { seed: note.seed, reserved: ours });
+  if (reserved === before) return false;
+  writeSysctl(RESERVED_PORTS, `${reserved}\n`);
+  return true;
+}
+
+/** Sees to the ports of masqueraded connections, and gathers what the programs must know. */
+function prepareMasquerade(settings: Settings): Masquerade | undefined {
+  const { pinPath, masqPorts, masqExclude } = settings;
+  const note = readMasqueradeNote(pinPath);
+  if (note === undefined && !settings.ipMasq) return undefined;
+  const seed = note?.seed ?? randomInt(2 ** 32);
+  if (note === undefined) writeMasqueradeNote(pinPath, { seed, reserved: "" });
+  reserveMasqueradePorts(settings, note ?? { seed, reserved: "" });
+  if (!settings.ipMasq) return undefined;
+  const timeouts = timeoutsOf((name) => readSysctl(["netfilter", name]));
+  const connections = settings.masqMaxConnections;
+  return { ports: masqPorts, excluded: masqExclude, timeouts, seed, connections };
+}
+
+async function run(settings: Settings, telemetry: Telemetry): Promise<number> {
+  const { log } = telemetry;
+  const { pinPath } = settings;
+  log.info({ version: version() }, "twilld starts");
+  for (const note of settings.notes) log.warn(note);
+
+  const { problem } = readCapabilities();
+  if (problem !== undefined) throw new Error(problem);
+  if (settings.healthzPort !== 0) await telemetry.listen(settings.healthzIp, settings.healthzPort);
+  const object = findObject();
+  const trial = trialOf(object, settings);
+  enterRundir(pinPath, settings.etcd.prefix);
+  let dataplane: Dataplane | undefined;
+  try {
+    const tried = trial !== undefined && readTrialNote(pinPath) === trial;
+    log.debug({ tried }, tried ? "this kernel has taken the programs before" : "trying the programs");
+    dataplane = Dataplane.open({
+      pinPath,
+      tried,
+      attach: settings.attach,
+      object,
+      connections: settings.ipMasq ? settings.masqMaxConnections : 0,
+      translated: () => {
+        try {
+          return translatedTuples();
+        } catch (error) {
+          // A kernel without this translates nothing, or cannot tell.
+          log.warn({ reason: String(error) }, "connections that the host translates are not known");
+          return [];
+        }
+      },
+    });
+    return await serve(settings, telemetry, dataplane, () => {
+      if (trial === undefined || tried) return;
+      try {
+        writeTrialNote(pinPath, trial);
+      } catch (error) {
+        log.debug({ reason: String(error) }, "the next start will try the programs again");
+      }
+    });
+  } finally {
+    dataplane?.close();
+    leaveRundir(pinPath);
+  }
+}
+
+/**
+ * Names the programs, what they are loaded for, and the kernel as it runs now. Trying them takes the verifier as long as
+ * loading them, and a restart need not wait for it: what this kernel took, it takes again.
+ */
+function trialOf(object: string, { ipMasq }: Settings): string | undefined {
+  const boot = bootId();
+  if (boot === undefined) return undefined;
+  const digest = createHash("sha256").update(readFileSync(object)).digest("hex");
+  return `${boot} ${digest} ${ipMasq ? "masquerade" : "plain"}`;
+}
+
+/** Runs the agent until a signal or its failure ends it. `onReady` is told once that all is in force. */
+async function serve(
+  settings: Settings,
+  telemetry: Telemetry,
+  dataplane: Dataplane,
+  onReady: () => void,
+): Promise<number> {
+  const { log, metrics } = telemetry;
+  const notifier = openNotifier();
+  const stopping = new AbortController();
+  let outcome = 0;
+  const stop = (code: number): void => {
+    if (stopping.signal.aborted) process.exit(code === 0 ? 1 : code);
+    outcome = code;
+    notifier.stopping();
+    stopping.abort();
+    setTimeout(() => process.exit(code), STOP_MS).unref();
+  };
+  for (const signal of ["SIGTERM", "SIGINT", "SIGQUIT"] as const) {
+    process.on(signal, () => {
+      log.info({ signal }, "stopping; forwarding stays as it is");
+      stop(0);
+    });
+  }
+
+  const status = new StatusKeeper(settings, telemetry, dataplane.mode);
+  const store = await openStore({
+    ...settings.etcd,
+    log,
+    onState: (state) => status.onStore(state),
+  });
+  const netlink = openNetlink({
+    onEvent: (event) => agent.onNetlink(event),
+    onOverrun: () => agent.onOverrun(),
+  });
+  const { first, last } = localPortRange();
+  const agent = new Agent(
+    {
+      wish: settings,
+      renewMarginMs: settings.renewMarginMinutes * 60_000,
+      leaseTtlSeconds: settings.leaseTtlSeconds,
+      previous: previousSubnet(settings.subnetFile),
+      fastPath: FAST_PATHS[settings.fastPath],
+      forwardRules: settings.forwardRules,
+      ipMasq: settings.ipMasq,
+      masquerade: prepareMasquerade(settings),
+      blackholeRoute: settings.blackholeRoute,
+      followConfig: settings.followConfig,
+      resyncMs: settings.resyncSeconds * 1000,
+      sourcePorts: { min: first, max: last },
+      ttl: defaultTtl(),
+      probeMs: settings.peerProbeSeconds === 0 ? undefined : settings.peerProbeSeconds * 1000,
+      countPeers: settings.metricsPeers > 0,
+    },
+    {
+      kernel: {
+        dump: () => ({
+          links: netlink.links(),
+          addresses: netlink.addresses(),
+          routes: netlink.routes(),
+          neighbours: netlink.neighbours(),
+          fdb: netlink.fdb(),
+        }),
+        routesTo: (addresses) =>
+          netlink.routesTo(addresses).map((route) => {
+            if (route?.outIndex === undefined || route.local || route.viaIpv6) return undefined;
+            return { ...route, outIndex: route.outIndex };
+          }),
+        apply: (writes) => netlink.apply(writes),
+        resolveNeighbours: (index) => {
+          const unanswered = netlink
+            .neighbours()
+            .filter((row) => row.index === index && isUnanswered(row.state));
+          for (const write of ["dropResolution", "resolveNeighbour"] as const)
+            netlink.apply(unanswered.map(({ address }) => ({ write, index, address })));
+        },
+        keepSysctls: sysctlKeeper(settings),
+      },
+      dataplane,
+      store,
+      clock: {
+        now: () => performance.now(),
+        uptime: () => uptime() * 1000,
+        after: (ms, callback) => {
+          // Longer than a timer can be (24.8 days) never happens: a lease lives a day.
+          // A timer cuts fractions off, and would fire before its time.
+          const timer = ms === 0 ? setImmediate(callback) : setTimeout(callback, Math.ceil(ms));
+          return () =>
+            ms === 0 ? clearImmediate(timer as NodeJS.Immediate) : clearTimeout(timer as NodeJS.Timeout);
+        },
+      },
+      random: Math.random,
+      openProber,
+      claim: (network) =>
+        claim(
+          settings.pinPath,
+          claimOf(network, {
+            prefix: settings.etcd.prefix,
+            subnetFile: resolve(settings.subnetFile),
+            masqPorts: settings.ipMasq ? settings.masqPorts : undefined,
+          }),
+        ),
+      runner: openRunner(),
+      writeSubnetFile: (text) => writeFileAtomically(settings.subnetFile, text),
+      log,
+      observer: {
+        reconciled: (result, seconds) => {
+          metrics.reconciles.inc({ result });
+          metrics.reconcileDuration.observe(seconds);
+        },
+        repaired: (table, rows) => metrics.driftRepaired.inc({ table }, rows),
+        failed: (table) => metrics.operationsFailed.inc({ table }),
+        probed: (seconds) => {
+          metrics.probes.inc({ result: seconds === undefined ? "lost" : "answered" });
+          if (seconds !== undefined) metrics.probeDuration.observe(seconds);
+        },
+        lease: (event) => metrics.leaseEvents.inc({ event }),
+        changed: () => status.changed(),
+        ready: () => {
+          telemetry.setReady(true);
+          onReady();
+          const undelivered = notifier.ready();
+          if (undelivered !== undefined)
+            log.warn({ reason: undelivered }, "the service manager was not told");
+          log.info("ready: pods are forwarded and the subnet file is written");
+        },
+      },
+    },
+    (error) => {
+      log.error(error.message);
+      stop(1);
+    },
+  );
+  status.read = () => agent.status();
+  status.readPeers = () => agent.peers();
+  // A series that begins with its first increment hides it from rate() and increase().
+  for (const event of LEASE_REPORTS) metrics.leaseEvents.inc({ event }, 0);
+  metrics.leaseTtl.set(settings.leaseTtlSeconds);
+  metrics.leaseRenewMargin.set(settings.renewMarginMinutes * 60);
+  const flows = new FlowCount(settings.pinPath);
+  telemetry.collect(() => collect(settings, agent, flows, telemetry));
+  if (notifier.watchdogMilliseconds !== undefined) {
+    setInterval(() => notifier.watchdog(), notifier.watchdogMilliseconds).unref();
+  }
+
+  const firewall =
+    settings.fastPath === "auto"
+      ? await openFirewall({
+          checkMs: settings.resyncSeconds * 1000,
+          onRules: (rules) => agent.onFirewall(rules),
+        })
+      : undefined;
+  agent.start();
+  const watching = watchRefused(dataplane, () => agent.onRefused());
+  for await (const event of store.watch(stopping.signal)) agent.onStore(event);
+
+  clearInterval(watching);
+  agent.stop();
+  flows.stop();
+  status.stop();
+  store.close();
+  firewall?.close();
+  netlink.close();
+  return outcome;
+}
+
+/** Tells of packets that the programs drop as no peer's; the kernel tells nobody of a row that is gone. */
+function watchRefused(dataplane: Dataplane, tell: () => void): NodeJS.Timeout {
+  let before = 0n;
+  return setInterval(() => {
+    try {
+      const refused = dataplane.refused();
+      if (refused > before) tell();
+      before = refused;
+    } catch {
+      // Whatever keeps the counters from being read, the next resync meets it too, and shows it.
+    }
+  }, REFUSED_MS);
+}
+
+/** Keeps the status file and the log in step with the agent, each change once. */
+class StatusKeeper {
+  read: (() => AgentStatus) | undefined;
+  readPeers: (() => Iterable<PeerHealth>) | undefined;
+  readonly #settings: Settings;
+  readonly #telemetry: Telemetry;
+  readonly #mode: string;
+  readonly #startedAt = new Date().toISOString();
+  #store: StoreState | undefined;
+  #timer: NodeJS.Timeout | undefined;
+  readonly #peersTimer: NodeJS.Timeout;
+  /** Milliseconds of the process's clock. */
+  #peersDue = 0;
+  #phase = "";
+  #wasConnected = false;
+  #told = new Map<string, string>();
+
+  constructor(settings: Settings, telemetry: Telemetry, mode: string) {
+    this.#settings = settings;
+    this.#telemetry = telemetry;
+    this.#mode = mode;
+    this.#peersTimer = setInterval(() => this.#keepPeers(), PEERS_MS).unref();
+  }
+
+  onStore(state: StoreState): void {
+    this.#store = state;
+    const { log, metrics } = this.#telemetry;
+    metrics.storeConnected.set(state.connected ? 1 : 0);
+    if (!state.connected && this.#wasConnected) metrics.storeDisconnections.inc();
+    this.#wasConnected = state.connected;
+    if (state.connected) log.info({ endpoint: state.endpoint }, "connected to etcd");
+    else log.warn(`no connection to etcd, trying again: ${state.error?.message ?? "not connected yet"}`);
+    this.changed();
+  }
+
+  /** Writes the file soon, and once for changes that come together. */
+  changed(): void {
+    this.#tell();
+    this.#timer ??= setTimeout(() => this.#write(), STATUS_MS);
+  }
+
+  stop(): void {
+    clearTimeout(this.#timer);
+    clearInterval(this.#peersTimer);
+    this.#writePeers();
+    this.#write();
+  }
+
+  current(): AgentStatus | undefined {
+    return this.read?.();
+  }
+
+  #tell(): void {
+    const status = this.current();
+    if (status === undefined) return;
+    const { log } = this.#telemetry;
+    const { prefix } = this.#settings.etcd;
+    if (status.phase !== this.#phase) {
+      this.#phase = status.phase;
+      log.info({ phase: status.phase }, "phase");
+    }
+    const told = new Map<string, string>();
+    for (const { key, reason } of [...status.rejections, ...status.ignored]) {
+      if (told.size >= 1000) break;
+      told.set(key, reason);
+      if (this.#told.get(key) === reason) continue;
+      if (key !== "config") log.warn({ key: `${prefix}/subnets/${key}` }, `record set aside: ${reason}`);
+      else if (status.network !== undefined) log.warn(`the network config cannot be used: ${reason}`);
+      else log.warn(`waiting for a network config at ${prefix}/config: ${reason}`);
+    }
+    for (const warning of status.warnings) {
+      told.set(warning, warning);
+      if (!this.#told.has(warning)) log.warn(warning);
+    }
+    this.#told = told;
+  }
+
+  #write(): void {
+    this.#timer = undefined;
+    this.#keepPeers();
+    const status = this.current();
+    if (status === undefined) return;
+    const { connected = false, since, endpoint, error } = this.#store ?? {};
+    try {
+      const { keyFile, certFile, caFile, ...etcd } = this.#settings.etcd;
+      const place = (path: string | undefined) => path && resolve(path);
+      const content = {
+        version: version(),
+        pid: process.pid,
+        startedAt: this.#startedAt,
+        ...status,
+        revision: `${status.revision}`,
+        leaseEndsAt:
+          status.leaseEndsInMs === undefined
+            ? undefined
+            : new Date(Date.now() + status.leaseEndsInMs).toISOString(),
+        leaseEndsInMs: undefined,
+        fastPath: this.#settings.fastPath,
+        attach: this.#mode,
+        subnetFile: resolve(this.#settings.subnetFile),
+        // What `twill doctor` asks etcd with, once we are dead; no secrets.
+        etcd: {
+          ...etcd,
+          keyFile: place(keyFile),
+          certFile: place(certFile),
+          caFile: place(caFile),
+          password: undefined,
+        },
+        ipMasq: this.#settings.ipMasq,
+        resyncSeconds: this.#settings.resyncSeconds,
+        renewMarginMinutes: this.#settings.renewMarginMinutes,
+        leaseTtlSeconds: this.#settings.leaseTtlSeconds,
+        store: {
+          connected,
+          since: since === undefined ? undefined : new Date(since).toISOString(),
+          endpoint,
+          error: error?.message,
+        },
+      };
+      writeFileAtomically(statusPathOf(this.#settings.pinPath), `${JSON.stringify(content, null, 2)}\n`);
+    } catch (cause) {
+      this.#telemetry.log.warn({ reason: String(cause) }, "the status file could not be written");
+    }
+  }
+
+  /** The more peers, the longer the file takes to write, and the more rarely it is written. */
+  #keepPeers(): void {
+    const now = performance.now();
+    if (now < this.#peersDue) return;
+    this.#peersDue = now + PEER_PAUSE_MS * this.#writePeers();
+  }
+
+  /** A file of its own, as it is long where peers are many, and changes all the time. Returns how many there are. */
+  #writePeers(): number {
+    if (this.#settings.peerProbeSeconds === 0) return 0;
+    const all = [...(this.readPeers?.() ?? [])];
+    const some = worstFirst(all, PEERS_LISTED);
+    const note: PeersNote = {
+      pid: process.pid,
+      at: new Date().toISOString(),
+      leftOut: all.length - some.length,
+      peers: some.map(noteOf),
+    };
+    try {
+      writeFileAtomically(peersPathOf(this.#settings.pinPath), `${JSON.stringify(note)}\n`);
+    } catch (cause) {
+      this.#telemetry.log.warn({ reason: String(cause) }, "the file of peers could not be written");
+    }
+    return all.length;
+  }
+}
+
+/** Of too many peers those that do not answer. */
+function worstFirst(peers: readonly PeerHealth[], most: number): readonly PeerHealth[] {
+  if (peers.length <= most) return peers;
+  const answers = ({ state }: PeerHealth): number => (state === "unreachable" ? 0 : 1);
+  return [...peers].sort((a, b) => answers(a) - answers(b)).slice(0, most);
+}
+
+function noteOf(peer: PeerHealth): PeerNote {
+  const { state, losses, reason, answeredAt } = peer;
+  const rounded = (ms: number | undefined) => (ms === undefined ? undefined : Math.round(ms * 1000) / 1000);
+  return {
+    subnet: formatCidr(peer.subnet),
+    publicIp: formatIpv4(peer.publicIp),
+    target: formatIpv4(peer.target),
+    ...{ state, losses, reason },
+    rttMs: rounded(peer.rttMs),
+    smoothedMs: rounded(peer.smoothedMs),
+    answeredAt:
+      answeredAt === undefined
+        ? undefined
+        : new Date(Date.now() - (performance.now() - answeredAt)).toISOString(),
+  };
+}
+
+/**
+ * How many flows stay on the stack. The kernel does not know how many entries a map has: they are counted some at a
+ * time and now and then, as a scrape must not wait for it.
+ */
+class FlowCount {
+  entries: number | undefined;
+  readonly #pinPath: string;
+  #timer: NodeJS.Timeout | undefined;
+
+  constructor(pinPath: string) {
+    this.#pinPath = pinPath;
+    this.#wait(0);
+  }
+
+  stop(): void {
+    clearTimeout(this.#timer);
+  }
+
+  #wait(ms: number): void {
+    this.#timer = setTimeout(() => this.#begin(), ms).unref();
+  }
+
+  #begin(): void {
+    if (existsSync(join(this.#pinPath, "flows4"))) this.#step(countEntries(this.#pinPath, "flows4"), 0);
+    else this.#wait(FLOWS_STEP_MS);
+  }
+
+  #step(count: Generator<number>, so: number): void {
+    let step: IteratorResult<number>;
+    try {
+      step = count.next();
+    } catch {
+      // The map is gone, or was replaced by one of another layout.
+      this.entries = undefined;
+      this.#wait(FLOWS_MS);
+      return;
+    }
+    if (step.done === true) {
+      this.entries = so;
+      this.#wait(FLOWS_MS);
+      return;
+    }
+    this.#timer = setTimeout(() => this.#step(count, step.value), FLOWS_STEP_MS).unref();
+  }
+}
+
+/**
+ * What a scrape reads. None of it walks a table, so that it costs the same however many peers and connections there
+ * are: what the agent fills is counted there, and connections are by the sweep. Only peers one by one are a table.
+ */
+function collect(settings: Settings, agent: Agent, flows: FlowCount, { metrics }: Telemetry): Collected {
+  const { pinPath, ipMasq, masqPorts } = settings;
+  const now = agent.status();
+  metrics.desiredRevision.set(Number(now.revision));
+  if (now.failures.length === 0) metrics.appliedRevision.set(Number(now.revision));
+  metrics.peers.set(now.peers);
+  metrics.endpoints.set(now.endpoints);
+  metrics.recordsRejected.set(now.rejections.length);
+  metrics.recordsIgnored.set(now.ignored.length);
+  metrics.operationsFailing.set(now.failures.length);
+  metrics.fastPathSuspended.set(now.firewall?.needsStack === true ? 1 : 0);
+  metrics.leaseExpiry.set(now.leaseEndsInMs === undefined ? 0 : (Date.now() + now.leaseEndsInMs) / 1000);
+  const { probes } = now;
+  const common = {
+    probed: probes && {
+      reachable: probes.reachable,
+      unreachable: probes.unreachable,
+      unknown: probes.unknown,
+    },
+    peers: listed(agent, settings),
+  };
+  if (!existsSync(join(pinPath, "counters"))) return { ...common, traffic: [], maps: [] };
+  const counters = readCounters(pinPath);
+  const hooks = Object.keys(counters) as (keyof HookCounts)[];
+  const census = ipMasq ? readCensus(pinPath) : undefined;
+  const entries: Readonly<Record<string, number | undefined>> = {
+    ...agent.entries(),
+    flows4: flows.entries,
+    ...(ipMasq ? { connections4: census && total(census) } : {}),
+  };
+  return {
+    ...common,
+    traffic: hooks.flatMap((hook) =>
+      (Object.keys(counters[hook]) as (keyof VerdictCounts)[]).map((verdict) => ({
+        hook,
+        verdict,
+        ...counters[hook][verdict],
+      })),
+    ),
+    maps: (Object.keys(entries) as Parameters<typeof mapCapacity>[1][]).map((map) => ({
+      map,
+      entries: entries[map],
+      capacity: mapCapacity(pinPath, map),
+    })),
+    masquerade: census && { ...census, ports: masqPorts.last - masqPorts.first + 1 },
+    programs: readPrograms(pinPath)
+      .map(({ hook, info }) => ({ program: hook, runs: info.runCount, nanoseconds: info.runTimeNs }))
+      .filter(({ runs }) => runs > 0n),
+  };
+}
+
+function total({ connections }: Census): number {
+  const counts = Object.values(connections).flatMap((states) => Object.values(states));
+  return counts.reduce((sum, count) => sum + count, 0);
+}
+
+/** So many peers at most, those that do not answer first; without probes, as they come. */
+function listed(
+  agent: Agent,
+  { pinPath, metricsPeers, peerProbeSeconds }: Settings,
+): NonNullable<Collected["peers"]> {
+  if (metricsPeers === 0) return [];
+  const traffic = existsSync(join(pinPath, "traffic4")) ? readTraffic(pinPath) : undefined;
+  const trafficOf = (publicIp: Ipv4): PeerTraffic | undefined =>
+    traffic && (traffic.get(publicIp) ?? NO_TRAFFIC);
+  if (peerProbeSeconds === 0) {
+    const nothing = { reachable: undefined, losses: undefined, smoothedMs: undefined };
+    return Array.from(take(agent.forwarded(), metricsPeers), ({ subnet, prefixLength, publicIp }) => ({
+      subnet: formatCidr({ address: subnet, length: prefixLength }),
+      peer: formatIpv4(publicIp),
+      ...nothing,
+      traffic: trafficOf(publicIp),
+    }));
+  }
+  return worstFirst([...agent.peers()], metricsPeers).map(
+    ({ subnet, publicIp, state, losses, smoothedMs }) => ({
+      subnet: formatCidr(subnet),
+      peer: formatIpv4(publicIp),
+      reachable: state === "unknown" ? undefined : state === "reachable",
+      losses,
+      smoothedMs,
+      traffic: trafficOf(publicIp),
+    }),
+  );
+}
+
+function* take<T>(from: Iterable<T>, most: number): Generator<T> {
+  let left = most;
+  for (const each of from) {
+    if (left === 0) return;
+    left -= 1;
+    yield each;
+  }
+}
+
+// Which parts of Node a package uses is nothing that a reader of our log could change.
+(process as { noDeprecation?: boolean }).noDeprecation = true;
+process.exitCode = await main();

@@ -1,0 +1,436 @@
+/**
+ * Pods speak to the outside under their node's address, and no rule of iptables or nftables is there for it.
+ *
+ * The outside is a server behind a router: 10.4.8.99, reached from the nodes' network 10.4.7.0/24 by 10.4.7.1. It has
+ * no route to the pods, so that an answer comes back only to an address of a node.
+ */
+import { existsSync, mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { codec } from "../../loader/codec.ts";
+import { openPinnedMap } from "../../loader/map.ts";
+import { connectionKey4Layout } from "../../src/abi/twill.gen.ts";
+import { exec, type Host, type Namespace, type Process, repository, until } from "../lab.ts";
+import { startTwilld, twill } from "../twilld.ts";
+import {
+  type BackendName,
+  type Cluster,
+  createCluster,
+  probe,
+  serve,
+  TCP_PORT,
+  TESTED_BACKENDS,
+  UDP_PORT,
+} from "./cluster.ts";
+
+const SERVER = "10.4.8.99";
+const NODE = "10.4.7.21";
+/** TWILL_CONNECTIONS=100000 is the whole of it. */
+const SEQUENCE = Number(process.env.TWILL_CONNECTIONS ?? 20_000);
+const HOLD_PORT = `
+import socket, signal
+held = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+held.bind(("0.0.0.0", 61001))
+print("bound", flush=True)
+signal.pause()
+`;
+
+/** Ends each connection first, once it has sent a byte, and so remembers it for a minute. */
+const ENDS_FIRST = `
+import socket
+listener = socket.create_server(("${SERVER}", 7200), backlog=64)
+print("ready", flush=True)
+while True:
+    connection, _ = listener.accept()
+    connection.send(b"x")
+    connection.close()
+`;
+const MANY_SHORT = `
+import socket
+for i in range(500):
+    with socket.create_connection(("${SERVER}", 7200), timeout=20) as connection:
+        assert connection.recv(1) == b"x" and connection.recv(1) == b""
+print("all")
+`;
+
+/** Answers datagrams with 4000 bytes, the last piece first. */
+const BACKWARDS = `
+import socket, struct
+asked = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+asked.bind(("0.0.0.0", 7100))
+raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+print("ready", flush=True)
+number = 100
+while True:
+    data, (address, port) = asked.recvfrom(100)
+    number += 1
+    body = struct.pack(">HHHH", 7100, port, 4008, 0) + data * (4000 // len(data))
+    pieces = [(at, body[at : at + 1480]) for at in range(0, len(body), 1480)]
+    for at, piece in reversed(pieces):
+        more = 0 if at + 1480 >= len(body) else 0x2000
+        header = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 20 + len(piece), number, more | at // 8, 64, 17, 0,
+                             socket.inet_aton("${SERVER}"), socket.inet_aton(address))
+        raw.sendto(header + piece, (address, 0))
+`;
+const ASK = `
+import socket
+client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+client.settimeout(10)
+client.connect(("${SERVER}", 7100))
+for i in range(20):
+    client.send(b"%08d" % i)
+    assert client.recv(5000) == b"%08d" % i * 500
+print("intact")
+`;
+
+interface Outside {
+  readonly cluster: Cluster;
+  readonly router: Namespace;
+  readonly server: Host;
+}
+
+async function createOutside(backend: BackendName, flags: readonly string[] = []): Promise<Outside> {
+  const cluster = await createCluster({ backend, flags: ["--ip-masq", ...flags] });
+  try {
+    const router = await cluster.lab.router("router", ["10.4.7.1/24", "10.4.8.1/24"]);
+    const server = await cluster.lab.host("server", { address: `${SERVER}/24` });
+    await serve(server);
+    return { cluster, router, server };
+  } catch (error) {
+    await cluster.close();
+    throw error;
+  }
+}
+
+/** The masqueraded connections of a host: ports outside, and of which protocol. */
+function connections(host: Host): { port: number; protocol: number }[] {
+  const map = openPinnedMap(join(host.pinPath, "connections4"));
+  try {
+    const keys = codec(connectionKey4Layout);
+    return map.entries().map(([key]) => keys.decode(key));
+  } finally {
+    map.close();
+  }
+}
+
+async function rules(host: Host): Promise<string> {
+  const saved = await host.exec(["iptables-save"]);
+  const listed = await host.exec(["nft", "list", "ruleset"], { check: false });
+  // Counters and comments with the time are no rules.
+  return `${saved.stdout}${listed.stdout}`.replaceAll(/^#.*$|\[\d+:\d+\]/gm, "");
+}
+
+describe.each(TESTED_BACKENDS)("%s", (backend) => {
+  let outside: Outside;
+  beforeAll(async () => {
+    outside = await createOutside(backend);
+  });
+  afterAll(() => outside?.cluster.close());
+
+  test("TCP reaches an outside server, which sees the node's address", async () => {
+    const { cluster } = outside;
+    const counted = await cluster.counted(cluster.h1, async () => {
+      expect(await probe(cluster.a, `tcp ${SERVER} ${TCP_PORT} 3000000 3000000`)).toMatchObject({
+        intact: true,
+        seen: NODE,
+        peer: SERVER,
+      });
+    });
+    // The first packet takes the stack, the others do not.
+    expect(counted.to_net?.masqueraded).toBe(1);
+    expect(counted.from_pod?.repeated).toBeGreaterThan(10);
+    expect(counted.from_net?.delivered).toBeGreaterThan(10);
+  });
+
+  test("UDP and ping reach it", async () => {
+    const { cluster } = outside;
+    expect(await probe(cluster.a, `udp ${SERVER} ${UDP_PORT} 500 --count 20`)).toMatchObject({
+      intact: true,
+      seen: NODE,
+    });
+    expect(await cluster.a.ping(SERVER, { count: 10 })).toMatchObject({ received: 10 });
+  });
+
+  test("two pods that use the same port both get their own answers", async () => {
+    const { cluster } = outside;
+    const pods = [cluster.a, cluster.c];
+    const found = await Promise.all(
+      pods.map((pod) => probe(pod, `udp ${SERVER} ${UDP_PORT} 100 --count 20`)),
+    );
+    for (const each of found) expect(each).toMatchObject({ intact: true, seen: NODE });
+  });
+
+  test("a node's own traffic is not touched", async () => {
+    const { cluster } = outside;
+    const counted = await cluster.counted(cluster.h1, async () => {
+      const found = await probe(cluster.h1, `tcp ${SERVER} ${TCP_PORT} 100000 100000`);
+      expect(found).toMatchObject({ intact: true, seen: NODE });
+    });
+    expect(counted.to_net?.masqueraded).toBeUndefined();
+    expect(counted.from_net?.masqueraded).toBeUndefined();
+  });
+
+  test("between pods the source address stays", async () => {
+    const { cluster } = outside;
+    expect(await probe(cluster.a, `tcp ${cluster.b.address} ${TCP_PORT} 1000 1000`)).toMatchObject({
+      intact: true,
+      seen: cluster.a.address,
+    });
+  });
+});
+
+describe("errors, sizes and pieces", () => {
+  let outside: Outside;
+  beforeAll(async () => {
+    outside = await createOutside("vxlan");
+  });
+  afterAll(() => outside?.cluster.close());
+
+  test("an ICMP error from the server, and one from on the way, reach the pod", async () => {
+    const { a } = outside.cluster;
+    expect(await probe(a, `error ${SERVER} 9 100`)).toMatchObject({ type: 3, code: 3, from: SERVER });
+    expect(await probe(a, `error ${SERVER} ${UDP_PORT} 100 --ttl 2`)).toMatchObject({
+      type: 11,
+      from: "10.4.7.1",
+    });
+    expect(await probe(a, `error ${SERVER} ${UDP_PORT} 100 --ttl 1`)).toMatchObject({
+      type: 11,
+      from: "172.7.21.1",
+    });
+  });
+
+  test("a smaller MTU on the way becomes known to the pod", async () => {
+    const { cluster, router, server } = outside;
+    await router.ip("link set eth1 mtu 1300");
+    const told = await probe(cluster.a, `error ${SERVER} ${UDP_PORT} 1350 --pmtu do`);
+    expect(told).toMatchObject({ type: 3, code: 4, mtu: 1300 });
+    expect(await probe(cluster.c, `tcp ${SERVER} ${TCP_PORT} 2000000 10`)).toMatchObject({
+      intact: true,
+      seen: NODE,
+    });
+    await router.ip("link set eth1 mtu 1500");
+    expect(server.address).toBe(SERVER);
+  });
+
+  test("datagrams in pieces go both ways", async () => {
+    const { a } = outside.cluster;
+    expect(await probe(a, `udp ${SERVER} ${UDP_PORT} 9000 --count 5`)).toMatchObject({
+      intact: true,
+      seen: NODE,
+    });
+    const { stdout } = await a.exec(["ping", "-c", "10", "-i", "0.01", "-s", "9000", SERVER]);
+    expect(stdout).toContain(" 0% packet loss");
+  });
+
+  test("pieces of an answer that come before the first one wait for it, and the node's own are not lost", async () => {
+    const { cluster, server } = outside;
+    const backwards = server.spawn(["/usr/bin/python3", "-c", BACKWARDS]);
+    await backwards.line(/^ready$/);
+    const counted = await cluster.counted(cluster.h1, async () => {
+      for (const from of [cluster.a, cluster.h1]) {
+        const { stdout } = await from.exec(["/usr/bin/python3", "-c", ASK]);
+        expect(stdout.trim()).toBe("intact");
+      }
+    });
+    expect(counted.from_net).toMatchObject({ held: 2 * 20 * 2, released: 2 * 20 });
+  });
+
+  test("big transfers arrive as they were sent, with offloads and without", async () => {
+    const { cluster, server } = outside;
+    const bytes = 20_000_000;
+    const segments = bytes / 1448;
+    for (const on of [true, false]) {
+      if (!on) await Promise.all([cluster.h1, cluster.a, server].map((each) => each.offloads(false)));
+      const counted = await cluster.counted(cluster.h1, async () => {
+        const found = await probe(cluster.a, `tcp ${SERVER} ${TCP_PORT} ${bytes} ${bytes}`);
+        expect(found).toMatchObject({ intact: true, seen: NODE });
+      });
+      // In aggregates, whose checksums nobody has filled in yet; then segment by segment, each with its own.
+      const repeated = counted.from_pod?.repeated ?? 0;
+      if (on) expect(repeated).toBeLessThan(segments / 2);
+      else expect(repeated).toBeGreaterThan(segments);
+    }
+  });
+});
+
+describe("many connections", () => {
+  const directory = mkdtempSync(join(tmpdir(), "twill-connections-"));
+  const program = join(directory, "connections");
+  const PORT = 9000;
+  let outside: Outside;
+  let before: string;
+
+  beforeAll(async () => {
+    await exec(["gcc", "-O2", "-Wall", "-o", program, join(repository, "test/e2e/connections.c")]);
+    outside = await createOutside("vxlan");
+    before = await rules(outside.cluster.h1);
+    const server = outside.server.spawn([program, "serve", SERVER, `${PORT}`, "16"]);
+    await server.line(/^ready$/);
+  });
+  afterAll(async () => {
+    await outside?.cluster.close();
+    rmSync(directory, { recursive: true, force: true });
+  });
+
+  const outcome = (process: Process): unknown =>
+    JSON.parse(process.lines.findLast(({ text }) => text.startsWith("{"))?.text ?? "{}");
+
+  /** Whether all that are held still answer. */
+  const alive = async (holder: Process): Promise<string> => {
+    const after = holder.lines.length;
+    holder.kill("SIGUSR1");
+    const [said] = await holder.line(/^alive \d+$/, { after, timeout: 60_000 });
+    return said;
+  };
+
+  test("10,000 at a time, through a killed agent, a restart and a change of the table's size", async () => {
+    const { cluster } = outside;
+    const { h1 } = cluster;
+    const holder = cluster.a.spawn([program, "hold", SERVER, `${PORT}`, "16", "10000"]);
+    await holder.line(/^open$/, { timeout: 60_000 });
+    expect(connections(h1)).toHaveLength(10_000);
+    expect(await alive(holder)).toBe("alive 0");
+    await cluster.twilld(h1).stop("SIGKILL");
+    expect(await alive(holder)).toBe("alive 0");
+    const flags = ["--ip-masq"];
+    let again = await startTwilld(h1, { etcd: cluster.etcd, flags });
+    expect(await alive(holder)).toBe("alive 0");
+    await again.stop();
+    again = await startTwilld(h1, { etcd: cluster.etcd, flags: [...flags, "--masq-max-connections=50000"] });
+    expect(connections(h1).length).toBeGreaterThanOrEqual(10_000);
+    expect(await alive(holder)).toBe("alive 0");
+    expect(await twill(h1, "status", `--pin-path=${h1.pinPath}`, "--json")).toContain('"capacity":50000');
+    await holder.stop();
+    expect(outcome(holder)).toEqual({ made: 10_000, failed: 0 });
+  }, 180_000);
+
+  test("thousands one after the other, many times more than there are ports", async () => {
+    const { cluster } = outside;
+    const argv = [program, "sequence", SERVER, `${PORT}`, "2", `${SEQUENCE}`];
+    const { stdout } = await cluster.a.exec(argv, { timeout: 590_000 });
+    expect(JSON.parse(stdout)).toEqual({ made: SEQUENCE, failed: 0 });
+  }, 600_000);
+
+  test("a new address of the node is for new connections; those there are end under the former one", async () => {
+    const { cluster } = outside;
+    const { h1, a } = cluster;
+    const holder = a.spawn([program, "hold", SERVER, `${PORT}`, "16", "50"]);
+    await holder.line(/^open$/);
+    await h1.sysctl({
+      "net.ipv4.conf.all.promote_secondaries": 1,
+      "net.ipv4.conf.eth0.promote_secondaries": 1,
+    });
+    await h1.ip("address add 10.4.7.121/24 dev eth0");
+    await h1.ip("address del 10.4.7.21/24 dev eth0");
+    await h1.ip("address add 10.4.7.21/32 dev eth0");
+    await h1.ip("route replace default via 10.4.7.1");
+    await until("new connections to have the new address", async () => {
+      const { seen } = await probe(a, `udp ${SERVER} ${UDP_PORT} 100`);
+      return seen === "10.4.7.121";
+    });
+    expect(await probe(a, `tcp ${SERVER} ${TCP_PORT} 100000 100000`)).toMatchObject({ seen: "10.4.7.121" });
+    expect(await alive(holder)).toBe("alive 0");
+    await holder.stop();
+  }, 60_000);
+
+  test("without a rule of ours", async () => {
+    expect(await rules(outside.cluster.h1)).toBe(before);
+    expect(before).not.toMatch(/twill|172\.7\./i);
+  });
+});
+
+test("a server that ends connections first takes the next ones under the same ports at once", async () => {
+  const PORTS = 100;
+  const { cluster, server } = await createOutside("host-gw", [`--masq-ports=61000-${61000 + PORTS - 1}`]);
+  try {
+    const listening = server.spawn(["/usr/bin/python3", "-c", ENDS_FIRST]);
+    await listening.line(/^ready$/);
+    const count = async (name: string): Promise<number> => {
+      const { stdout } = await server.exec(["nstat", "-asz", name]);
+      return Number(/^\S+ +(\d+)/m.exec(stdout.replace(/^#.*\n/, ""))?.[1]);
+    };
+    const refused = await count("TcpExtPAWSTimewait");
+    const counted = await cluster.counted(cluster.h1, async () => {
+      for (const pod of [cluster.a, cluster.c]) {
+        const { stdout } = await pod.exec(["/usr/bin/python3", "-c", MANY_SHORT], { timeout: 120_000 });
+        expect(stdout.trim()).toBe("all");
+      }
+    });
+    expect(connections(cluster.h1).filter(({ protocol }) => protocol === 6)).toHaveLength(PORTS);
+    // All but the first packets, the FIN among them, went past the stack.
+    expect(counted.from_pod?.repeated).toBeGreaterThan(2 * 1000);
+    // An old port's name is asked for with a number that the server takes for a new connection.
+    expect((await count("TcpExtPAWSTimewait")) - refused).toBeLessThan(5);
+  } finally {
+    await cluster.close();
+  }
+}, 300_000);
+
+describe("beside others", () => {
+  let outside: Outside | undefined;
+  afterAll(() => outside?.cluster.close());
+
+  test("Docker's masquerade rule and its FORWARD policy, and a port that a process of the host has", async () => {
+    outside = await createOutside("vxlan", ["--masq-ports=61000-61003"]);
+    const { cluster } = outside;
+    const { h1, a } = cluster;
+    // A process of the host listens where pods' connections would be.
+    const holder = h1.spawn(["/usr/bin/python3", "-c", HOLD_PORT]);
+    await holder.line(/^bound$/);
+    const found = [];
+    for (let i = 0; i < 3; i++) found.push(await probe(a, `udp ${SERVER} ${UDP_PORT} 100`));
+    expect(found.every(({ intact }) => intact)).toBe(true);
+    const rows = connections(h1).filter(({ protocol }) => protocol === 17);
+    expect(rows.map(({ port }) => port).sort()).toEqual([61000, 61002, 61003]);
+    expect(await probe(h1, `tcp ${SERVER} ${TCP_PORT} 100000 100000`)).toMatchObject({
+      intact: true,
+      seen: NODE,
+    });
+    expect((await h1.exec(["cat", "/proc/sys/net/ipv4/ip_local_reserved_ports"])).stdout.trim()).toBe(
+      "61000-61003",
+    );
+
+    for (const rule of [
+      "-t nat -A POSTROUTING -s 172.7.21.0/24 ! -o docker0 -j MASQUERADE",
+      "-P FORWARD DROP",
+      "-A FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+      "-A FORWARD -i docker0 ! -o docker0 -j ACCEPT",
+      "-A FORWARD -i docker0 -o docker0 -j ACCEPT",
+    ]) {
+      await h1.exec(["iptables", ...rule.split(" ")]);
+    }
+    expect(await probe(a, `tcp ${SERVER} ${TCP_PORT} 100000 100000`)).toMatchObject({
+      intact: true,
+      seen: NODE,
+    });
+    expect(await probe(a, `udp ${SERVER} ${UDP_PORT} 3000 --count 5`)).toMatchObject({
+      intact: true,
+      seen: NODE,
+    });
+    expect(await a.ping(SERVER, { count: 5 })).toMatchObject({ received: 5 });
+  });
+
+  test("a connection ends when its time has come, with the agent dead, and uninstall gives the ports back", async () => {
+    if (outside === undefined) throw new Error("the test before this one made the lab");
+    const { cluster } = outside;
+    const { h1 } = cluster;
+    await h1.exec(["iptables", "-t", "nat", "-F"]);
+    await cluster.twilld(h1).stop();
+    await h1.sysctl({
+      "net.netfilter.nf_conntrack_udp_timeout": 1,
+      "net.netfilter.nf_conntrack_udp_timeout_stream": 1,
+    });
+    const last = await startTwilld(h1, {
+      etcd: cluster.etcd,
+      flags: ["--ip-masq", "--masq-ports=62000-62099"],
+    });
+    await last.stop("SIGKILL");
+    expect(await probe(cluster.a, `udp ${SERVER} ${UDP_PORT} 100 --count 3`)).toMatchObject({ intact: true });
+    const udp = () => connections(h1).filter(({ protocol }) => protocol === 17).length;
+    await until("the connections to expire", () => udp() === 0);
+    await twill(h1, "uninstall", `--pin-path=${h1.pinPath}`);
+    expect((await h1.exec(["cat", "/proc/sys/net/ipv4/ip_local_reserved_ports"])).stdout.trim()).toBe("");
+    expect(existsSync(h1.pinPath)).toBe(false);
+  });
+});
