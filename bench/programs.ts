@@ -1,0 +1,153 @@
+/**
+ * `make bench-programs`: what the programs cost for one packet, without the kernel around them.
+ *
+ * Each is run by BPF_PROG_TEST_RUN on one packet, again and again, in turns with a program that does nothing, whose time
+ * is taken off: the clock and the kernel's way in and out are part of both. A run changes the packet, so that each gets a
+ * fresh one, and the figure is the median of single runs. Caches are warm, branches are learnt: compare it with itself.
+ *
+ *   node dist/bench/programs.js [--runs N] [--out PREFIX]
+ */
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
+import { parseArgs } from "node:util";
+import { compile } from "../loader/compile.ts";
+import { openObject } from "../loader/object.ts";
+import { type Program, programInfo } from "../loader/program.ts";
+import { frame, ip4, type Packet4, vxlan4 } from "../test/bpf/packets.ts";
+import {
+  DIRECT,
+  GATEWAY_MAC,
+  type HookName,
+  LO_MAC,
+  NEIGHBOUR,
+  Node,
+  OTHER_MAC,
+  POD,
+  TUNNEL,
+  VTEP,
+  VTEP_MAC,
+} from "../test/bpf/programs.ts";
+import { repository } from "../test/lab.ts";
+import { describeMachine, median } from "./figures.ts";
+
+interface Case {
+  readonly name: string;
+  readonly hook: HookName;
+  /** Of an IP packet, in a frame. */
+  readonly packet: Buffer;
+  /** What the program has to answer: the case is what its name says. */
+  readonly action: number;
+}
+
+const REDIRECT = 7;
+const WARM_UP = 500;
+const body: Packet4["body"] = { udp: [1000, 2000], data: new Uint8Array(64) };
+
+const sent = (destination: string): Buffer =>
+  frame(GATEWAY_MAC, POD.mac, ip4({ source: POD.address, destination, body }));
+const opened = frame(VTEP_MAC, TUNNEL.mac, ip4({ source: TUNNEL.pod, destination: POD.address, body }));
+const arrived = (packet: Packet4): Buffer => frame(LO_MAC, OTHER_MAC, ip4(packet));
+
+const cases: readonly Case[] = [
+  { name: "from_pod, encapsulates", hook: "from_pod", packet: sent(TUNNEL.pod), action: REDIRECT },
+  { name: "from_pod, routes directly", hook: "from_pod", packet: sent(DIRECT.pod), action: REDIRECT },
+  { name: "from_pod, delivers here", hook: "from_pod", packet: sent(NEIGHBOUR.address), action: REDIRECT },
+  {
+    name: "from_net, decapsulates",
+    hook: "from_net",
+    packet: frame(LO_MAC, OTHER_MAC, vxlan4({ source: TUNNEL.address, destination: VTEP, frame: opened })),
+    action: REDIRECT,
+  },
+  {
+    name: "from_net, delivers what came directly",
+    hook: "from_net",
+    packet: arrived({ source: DIRECT.pod, destination: POD.address, body }),
+    action: REDIRECT,
+  },
+  {
+    name: "to_net, the tunnel's own packet",
+    hook: "to_net",
+    packet: arrived({ source: VTEP, destination: TUNNEL.address, body }),
+    action: -1,
+  },
+];
+
+/** A program that lets every packet pass. */
+function loadEmpty(): { program: Program; close(): void } {
+  const directory = mkdtempSync(join(tmpdir(), "twill-bench-"));
+  try {
+    const source = join(directory, "empty.bpf.c");
+    writeFileSync(
+      source,
+      '#include <linux/bpf.h>\n#include <bpf/bpf_helpers.h>\nSEC("tc")\nint empty(struct __sk_buff *skb)\n{\n\treturn -1;\n}\n',
+    );
+    const { path } = compile({ source, includeDirs: [], cacheDir: directory });
+    const object = openObject(readFileSync(path), { name: "empty" });
+    object.load();
+    return { program: object.program("empty"), close: () => object.close() };
+  } finally {
+    rmSync(directory, { recursive: true, force: true });
+  }
+}
+
+async function main(): Promise<void> {
+  const { values: options } = parseArgs({
+    options: {
+      runs: { type: "string", default: process.env.QUICK === "1" ? "2000" : "20000" },
+      out: { type: "string", default: join(repository, "dist/bench/programs") },
+    },
+  });
+  const runs = Number(options.runs);
+  if (!(runs >= 1)) throw new Error(`nothing to measure: ${options.runs} runs`);
+  const node = Node.load({}, "shipped");
+  const empty = loadEmpty();
+  try {
+    const ctx = Buffer.alloc(192);
+    ctx.writeUInt32LE(1, 40); // ifindex of the loopback interface
+    const once = (program: Program, data: Buffer): number =>
+      program.testRun({ data, ctx, dataOutSize: 0 }).durationNs;
+    const measured = cases.map(({ name, hook, packet, action }) => {
+      const program = node.object.program(hook);
+      const { retval } = program.testRun({ data: packet, ctx });
+      if (retval !== action) throw new Error(`${name}: the program answers ${retval} in place of ${action}`);
+      return { name, hook, packet, program, times: [] as number[], bare: [] as number[] };
+    });
+    for (let run = -WARM_UP; run < runs; run += 1) {
+      for (const { program, packet, times, bare } of measured) {
+        const [with_, without] = [once(program, packet), once(empty.program, packet)];
+        if (run >= 0) {
+          times.push(with_);
+          bare.push(without);
+        }
+      }
+    }
+    const results = measured.map(({ name, program, times, bare }) => ({
+      name,
+      ns: median(times) - median(bare),
+      emptyNs: median(bare),
+      instructions: programInfo(program).instructions,
+    }));
+    const report = { environment: await describeMachine(), runs, results };
+    const rows = results.map(
+      ({ name, ns, instructions }) => `| ${name} | ${ns.toFixed(0)} | ${instructions} |\n`,
+    );
+    const [first] = results;
+    const facts = Object.entries(report.environment).map(([name, value]) => `- ${name}: ${value}\n`);
+    const markdown =
+      `Median of ${runs} single runs, less that of an empty program (${first?.emptyNs.toFixed(0)} ns):\n\n` +
+      `| program and packet | ns a packet | instructions of the program |\n|---|---|---|\n${rows.join("")}\n${facts.join("")}`;
+    mkdirSync(dirname(options.out), { recursive: true });
+    writeFileSync(`${options.out}.md`, markdown);
+    writeFileSync(`${options.out}.json`, `${JSON.stringify(report, undefined, 2)}\n`);
+    process.stdout.write(`${markdown}\nwritten to ${options.out}.md and ${options.out}.json\n`);
+  } finally {
+    empty.close();
+    node.close();
+  }
+}
+
+await main().catch((error: unknown) => {
+  process.stderr.write(`bench-programs: ${error instanceof Error ? error.message : error}\n`);
+  process.exitCode = 1;
+});

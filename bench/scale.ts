@@ -1,0 +1,167 @@
+/**
+ * `make bench-scale`: what twilld costs with many peers. One host with a real etcd and a real kernel; the other nodes are
+ * leases alone.
+ *
+ *   start     from exec to the line "ready", when the last lease is in the kernel (counted afterwards)
+ *   event     from etcd's answer to a put of one lease to its row in the map, one after the other
+ *   memory    resident, after the start and the events
+ *   idle      processor time of a minute without any event
+ *   loop      the longest time for which the event loop was held up, during the start and while idle
+ *
+ *   node dist/bench/scale.js [--leases N,N,...] [--rounds N] [--idle SECONDS] [--out PREFIX]
+ */
+import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { dirname, join } from "node:path";
+import { setTimeout } from "node:timers/promises";
+import { parseArgs } from "node:util";
+import { createLab, type Host, repository } from "../test/lab.ts";
+import { spawnTwilld, type Twilld, twilldFlags } from "../test/twilld.ts";
+import { describeMachine, median, spread } from "./figures.ts";
+
+/** Leases begin here: subnets and addresses below are the host's own. */
+const FIRST = 256;
+const EVENTS = 200;
+const PATIENCE = 120_000;
+
+interface Figures {
+  readonly startMs: number;
+  readonly loopAtStartMs: number;
+  readonly eventMs: readonly number[];
+  readonly residentMb: number;
+  readonly idlePercent: number;
+  readonly loopIdleMs: number;
+}
+
+async function measure(leases: number, idleSeconds: number): Promise<Figures> {
+  const lab = await createLab();
+  try {
+    const host = await lab.host("h1", { address: "192.168.0.21/16" });
+    const etcd = await lab.etcdOn(host);
+    await etcd.put(
+      "/coreos.com/network/config",
+      JSON.stringify({
+        Network: "10.0.0.0/8",
+        SubnetLen: 24,
+        SubnetMax: "10.0.255.0",
+        Backend: { Type: "vxlan" },
+      }),
+    );
+    const [endpoint = ""] = etcd.endpoints;
+    const program = join(repository, "dist/bench/leases.js");
+    await host.exec(["node", program, "fill", endpoint, `${FIRST}`, `${FIRST + leases}`], {
+      timeout: PATIENCE,
+    });
+    await host.bridge("docker0", "10.0.1.1/24");
+
+    const began = performance.now();
+    const twilld = spawnTwilld(host, twilldFlags(host, etcd), {
+      env: { NODE_OPTIONS: `--import=${join(repository, "bench/lag.mjs")} ${process.env.PROFILE ?? ""}` },
+    });
+    await twilld.says(/ready: pods are forwarded/, { timeout: PATIENCE });
+    const startMs = performance.now() - began;
+    await verify(host, twilld, leases);
+    const loopAtStartMs = await lag(twilld);
+
+    const from = `${FIRST + leases}`;
+    const { stdout } = await host.exec(
+      ["node", program, "time", endpoint, twilld.pinPath, from, `${EVENTS}`],
+      { timeout: PATIENCE },
+    );
+    const { answered } = JSON.parse(stdout) as { answered: number[] };
+    const residentMb = resident(twilld.process.pid);
+    await lag(twilld);
+    const before = processorMs(twilld.process.pid);
+    await setTimeout(idleSeconds * 1000);
+    const idlePercent = (processorMs(twilld.process.pid) - before) / (idleSeconds * 10);
+    const loopIdleMs = await lag(twilld);
+    await twilld.stop();
+    return { startMs, loopAtStartMs, eventMs: answered, residentMb, idlePercent, loopIdleMs };
+  } finally {
+    await lab.close();
+  }
+}
+
+/** Every lease has its route, so that the time measured is that of all. */
+async function verify(host: Host, twilld: Twilld, leases: number): Promise<void> {
+  const { stdout } = await host.exec(["ip", "-4", "route", "show", "dev", "flannel.1", "proto", "84"]);
+  const routes = stdout.split("\n").filter((line) => line !== "").length;
+  const { status } = twilld;
+  const failures = status?.failures ?? [];
+  if (routes !== leases || failures.length > 0) {
+    throw new Error(`${routes} routes of ${leases}; failures: ${JSON.stringify(failures.slice(0, 3))}`);
+  }
+}
+
+/** Milliseconds for which the event loop was held up at most since the last time this was asked. */
+async function lag(twilld: Twilld): Promise<number> {
+  const after = twilld.process.lines.length;
+  const said = twilld.says(/event loop: at most ([\d.]+) ms/, { after, timeout: PATIENCE });
+  twilld.process.kill("SIGUSR2");
+  return Number((await said)[1]);
+}
+
+function resident(pid: number): number {
+  const [, kilobytes] = /^VmRSS:\s+(\d+)/m.exec(readFileSync(`/proc/${pid}/status`, "utf8")) ?? [];
+  return Number(kilobytes) / 1024;
+}
+
+/** User and system time of a process so far, in milliseconds, in steps of a clock tick (10 ms). */
+function processorMs(pid: number): number {
+  const text = readFileSync(`/proc/${pid}/stat`, "utf8");
+  const fields = text.slice(text.lastIndexOf(")") + 2).split(" ");
+  return (Number(fields[11]) + Number(fields[12])) * 10;
+}
+
+function percentile(values: readonly number[], share: number): number {
+  const sorted = [...values].sort((a, b) => a - b);
+  return sorted[Math.min(sorted.length - 1, Math.floor(sorted.length * share))] ?? Number.NaN;
+}
+
+async function main(): Promise<void> {
+  const { values: options } = parseArgs({
+    options: {
+      leases: { type: "string", default: "10,3500,10000,50000" },
+      rounds: { type: "string", default: "3" },
+      idle: { type: "string", default: "60" },
+      out: { type: "string", default: join(repository, "dist/bench/scale") },
+    },
+  });
+  for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, () => process.exit(130));
+  const counts = options.leases.split(",").map(Number);
+  const results: { leases: number; rounds: Figures[] }[] = counts.map((leases) => ({ leases, rounds: [] }));
+  for (let round = 0; round < Number(options.rounds); round++) {
+    for (const { leases, rounds } of results) {
+      const figures = await measure(leases, Number(options.idle));
+      rounds.push(figures);
+      process.stdout.write(
+        `round ${round + 1}/${options.rounds}  ${leases} leases: start ${figures.startMs.toFixed(0)} ms\n`,
+      );
+    }
+  }
+  const columns: [string, (figures: Figures) => number, number][] = [
+    ["start, ms", ({ startMs }) => startMs, 0],
+    ["loop held at start, ms", ({ loopAtStartMs }) => loopAtStartMs, 0],
+    ["event p50, ms", ({ eventMs }) => median(eventMs), 1],
+    ["event p99, ms", ({ eventMs }) => percentile(eventMs, 0.99), 1],
+    ["resident, MB", ({ residentMb }) => residentMb, 0],
+    ["idle, % of a core", ({ idlePercent }) => idlePercent, 2],
+    ["loop held while idle, ms", ({ loopIdleMs }) => loopIdleMs, 0],
+  ];
+  const lines = results.map(({ leases, rounds }) => {
+    const cells = columns.map(([, value, digits]) => spread(rounds.map(value), digits));
+    return `| ${leases} |${cells.join("")}\n`;
+  });
+  const machine = await describeMachine();
+  const facts = Object.entries(machine).map(([name, value]) => `- ${name}: ${value}\n`);
+  const head = `| leases |${columns.map(([title]) => ` ${title} |`).join("")}\n|---|${"---|".repeat(columns.length)}\n`;
+  const markdown = `Median (minimum to maximum) of ${options.rounds} rounds:\n\n${head}${lines.join("")}\n${facts.join("")}`;
+  mkdirSync(dirname(options.out), { recursive: true });
+  writeFileSync(`${options.out}.md`, markdown);
+  writeFileSync(`${options.out}.json`, `${JSON.stringify({ machine, results }, undefined, 2)}\n`);
+  process.stdout.write(`\n${markdown}\nwritten to ${options.out}.md and ${options.out}.json\n`);
+}
+
+await main().catch((error: unknown) => {
+  process.stderr.write(`scale: ${error instanceof Error ? error.message : error}\n`);
+  process.exitCode = 1;
+});

@@ -1,0 +1,60 @@
+/** What a comparison of the benchmark is made of, and what its rows have in common. */
+import { writeFileSync } from "node:fs";
+import { join } from "node:path";
+import type { Host, Lab, Namespace } from "../test/lab.ts";
+import { startTwilld, type Twilld } from "../test/twilld.ts";
+import type { Workload } from "./workloads.ts";
+
+export const network = "172.7.0.0/16";
+export const subnets = ["172.7.21.0/24", "172.7.22.0/24"] as const;
+
+/** Two places with traffic between them. */
+export interface Path {
+  readonly from: Namespace;
+  readonly to: Namespace;
+  readonly address: string;
+  /**
+   * Looked at before and after the loads: throws if the row is not what its name says, and says what else the
+   * reader should know of it.
+   */
+  check?(): Promise<string | undefined>;
+}
+
+export interface Row {
+  readonly name: string;
+  /** The rows its ratios are taken to. */
+  readonly against: readonly string[];
+  /** Sets two cabled hosts up. */
+  build(lab: Lab, hosts: [Host, Host]): Promise<Path>;
+}
+
+/** Rows that are measured together, in turns. */
+export interface Suite {
+  readonly name: string;
+  readonly rows: readonly Row[];
+  readonly workloads: readonly Workload[];
+  /** How the rows of the kernel are set up. */
+  readonly kernel: string;
+}
+
+/** Starts twilld on these hosts, each with the subnet that is given; the first has the etcd. */
+export async function startTwillds(
+  lab: Lab,
+  hosts: readonly (readonly [Host, string])[],
+  backend: object,
+  flags: readonly string[] = [],
+): Promise<Twilld[]> {
+  const [first] = hosts;
+  if (first === undefined) throw new Error("no host to start twilld on");
+  const etcd = await lab.etcdOn(first[0]);
+  await etcd.put("/coreos.com/network/config", JSON.stringify({ Network: network, Backend: backend }));
+  const started: Twilld[] = [];
+  for (const [host, subnet] of hosts) {
+    // The previous subnet is asked for again, so the addresses are known.
+    const gateway = subnet.replace(".0/", ".1/");
+    const before = `FLANNEL_NETWORK=${network}\nFLANNEL_SUBNET=${gateway}\n`;
+    writeFileSync(join(host.directory, "subnet.env"), before);
+    started.push(await startTwilld(host, { etcd, flags }));
+  }
+  return started;
+}

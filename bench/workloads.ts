@@ -1,0 +1,93 @@
+/**
+ * What is measured between two places: bulk TCP, small UDP packets, TCP round trips, TCP connections.
+ *
+ * Each load is bounded in time on both sides, and client and server are pinned to a CPU each, so that the
+ * scheduler's choice is not measured. Only what arrived counts.
+ */
+import { existsSync } from "node:fs";
+import { join } from "node:path";
+import type { Namespace } from "../test/lab.ts";
+import { repository } from "../test/lab.ts";
+
+export interface Metric {
+  readonly key: string;
+  readonly title: string;
+  /** Digits after the point in tables. */
+  readonly digits: number;
+  readonly better: "higher" | "lower";
+}
+
+export interface Workload {
+  readonly metrics: readonly Metric[];
+  /** Runs the load once from one place to the address of another; a value for each metric, in order. */
+  run(from: Namespace, to: Namespace, address: string, seconds: number): Promise<number[]>;
+}
+
+const clientCpu = "0";
+const serverCpu = "1";
+/** The program of load.c. */
+export const load = join(repository, "dist/bench/load");
+
+export const tcpStream: Workload = {
+  metrics: [{ key: "tcpStream", title: "TCP stream, Gbit/s", digits: 1, better: "higher" }],
+  async run(from, to, address, seconds) {
+    const server = to.spawn(["iperf3", "-s", "-1", "--forceflush", "-B", address, "-A", serverCpu]);
+    await server.line(/Server listening/);
+    const argv = ["iperf3", "-J", "-c", address, "-t", String(seconds), "-O", "1", "-A", clientCpu];
+    const { stdout } = await from.exec(argv);
+    await server.stop();
+    const report = JSON.parse(stdout) as { end: { sum_received: { bits_per_second: number } } };
+    return [report.end.sum_received.bits_per_second / 1e9];
+  },
+};
+
+export const udpPackets: Workload = {
+  metrics: [{ key: "udpPackets", title: "UDP 64 B, kpps", digits: 0, better: "higher" }],
+  async run(from, to, address, seconds) {
+    const sink = to.spawn([load, "-c", serverCpu, "sink", address, "9000", String(seconds)]);
+    await sink.line(/ready/);
+    const blast = from.spawn([load, "-c", clientCpu, "blast", address, "9000", String(seconds + 2), "64"]);
+    const [, rate] = await sink.line(/"packetsPerSecond": ([\d.]+)/);
+    await blast.stop();
+    await sink.stop();
+    return [Number(rate) / 1000];
+  },
+};
+
+export const roundTrips: Workload = {
+  metrics: [
+    { key: "roundTripP50", title: "TCP round trip p50, µs", digits: 1, better: "lower" },
+    { key: "roundTripP99", title: "p99, µs", digits: 1, better: "lower" },
+  ],
+  async run(from, to, address, seconds) {
+    const result = await talk<{ p50: number; p99: number }>("rr", from, to, address, seconds);
+    return [result.p50, result.p99];
+  },
+};
+
+export const connections: Workload = {
+  metrics: [{ key: "connections", title: "TCP connections/s", digits: 0, better: "higher" }],
+  async run(from, to, address, seconds) {
+    const result = await talk<{ connectionsPerSecond: number }>("crr", from, to, address, seconds);
+    return [result.connectionsPerSecond];
+  },
+};
+
+/** Throws, with what to do, if a program that is needed is not there. */
+export function checkPrograms(): void {
+  if (!existsSync(load)) throw new Error(`${load} is missing: build it with 'make build'`);
+}
+
+async function talk<Result>(
+  mode: string,
+  from: Namespace,
+  to: Namespace,
+  address: string,
+  seconds: number,
+): Promise<Result> {
+  const server = to.spawn([load, "-c", serverCpu, "serve", address, "9001", String(seconds)]);
+  await server.line(/ready/);
+  const { stdout } = await from.exec([load, "-c", clientCpu, mode, address, "9001", String(seconds)]);
+  await server.stop();
+  return JSON.parse(stdout) as Result;
+}
