@@ -7,6 +7,7 @@
  *
  *   node dist/bench/programs.js [--runs N] [--out PREFIX]
  */
+import { execFileSync } from "node:child_process";
 import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
@@ -14,7 +15,8 @@ import { parseArgs } from "node:util";
 import { compile } from "../loader/compile.ts";
 import { openObject } from "../loader/object.ts";
 import { type Program, programInfo } from "../loader/program.ts";
-import { frame, ip4, type Packet4, vxlan4 } from "../test/bpf/packets.ts";
+import { answer, NODE, Outside, REMOTE } from "../test/bpf/outside.ts";
+import { frame, ip4, type Packet4, readFrame, vxlan4 } from "../test/bpf/packets.ts";
 import {
   DIRECT,
   GATEWAY_MAC,
@@ -49,6 +51,25 @@ const sent = (destination: string): Buffer =>
 const opened = frame(VTEP_MAC, TUNNEL.mac, ip4({ source: TUNNEL.pod, destination: POD.address, body }));
 const arrived = (packet: Packet4): Buffer => frame(LO_MAC, OTHER_MAC, ip4(packet));
 
+/**
+ * The way to the outside, for the kernel to find: BPF_PROG_TEST_RUN puts packets on the loopback interface, and pods are
+ * behind it; the node's uplink is another one.
+ */
+function makeUplink(): number {
+  execFileSync("sh", [
+    "-ec",
+    `ip link set lo up
+    ip link add up0 type veth peer name wire
+    ip address add ${NODE}/24 dev up0
+    ip link set up0 up; ip link set wire up
+    echo 1 >/proc/sys/net/ipv4/conf/all/forwarding
+    ip route add default via 10.4.7.1
+    ip neighbour add 10.4.7.1 lladdr ${OTHER_MAC} dev up0 nud permanent`,
+  ]);
+  const [link] = JSON.parse(execFileSync("ip", ["-j", "link", "show", "up0"], { encoding: "utf8" }));
+  return link.ifindex;
+}
+
 const cases: readonly Case[] = [
   { name: "from_pod, encapsulates", hook: "from_pod", packet: sent(TUNNEL.pod), action: REDIRECT },
   { name: "from_pod, routes directly", hook: "from_pod", packet: sent(DIRECT.pod), action: REDIRECT },
@@ -72,6 +93,28 @@ const cases: readonly Case[] = [
     action: -1,
   },
 ];
+
+/** A flow to the outside, which the stack has let through once, and the cases of its packets. */
+function openConnection(outside: Outside): (Case & { readonly node: Node })[] {
+  const ifindex = makeUplink();
+  outside.uplink(NODE, "0.0.0.0", ifindex);
+  outside.uplink(NODE);
+  const { node } = outside;
+  const ctx = Buffer.alloc(192);
+  ctx.writeUInt32LE(ifindex, 40);
+  const data = frame(OTHER_MAC, LO_MAC, ip4({ source: POD.address, destination: REMOTE, body }));
+  const left = readFrame(node.object.program("to_net").testRun({ data, ctx }).data).payload;
+  return [
+    { name: "from_pod, masquerades", hook: "from_pod", packet: sent(REMOTE), action: REDIRECT, node },
+    {
+      name: "from_net, delivers an answer to a masqueraded pod",
+      hook: "from_net",
+      packet: frame(LO_MAC, OTHER_MAC, answer(left)),
+      action: REDIRECT,
+      node,
+    },
+  ];
+}
 
 /** A program that lets every packet pass. */
 function loadEmpty(): { program: Program; close(): void } {
@@ -101,13 +144,16 @@ async function main(): Promise<void> {
   const runs = Number(options.runs);
   if (!(runs >= 1)) throw new Error(`nothing to measure: ${options.runs} runs`);
   const node = Node.load({}, "shipped");
+  const outside = new Outside({ fast_path: "FAST_PATH_ALWAYS" }, 1024, "shipped");
   const empty = loadEmpty();
   try {
     const ctx = Buffer.alloc(192);
     ctx.writeUInt32LE(1, 40); // ifindex of the loopback interface
     const once = (program: Program, data: Buffer): number =>
       program.testRun({ data, ctx, dataOutSize: 0 }).durationNs;
-    const measured = cases.map(({ name, hook, packet, action }) => {
+    const masqueraded = openConnection(outside);
+    const all = [...cases.map((each) => ({ ...each, node })), ...masqueraded];
+    const measured = all.map(({ name, hook, packet, action, node }) => {
       const program = node.object.program(hook);
       const { retval } = program.testRun({ data: packet, ctx });
       if (retval !== action) throw new Error(`${name}: the program answers ${retval} in place of ${action}`);
@@ -143,6 +189,7 @@ async function main(): Promise<void> {
     process.stdout.write(`${markdown}\nwritten to ${options.out}.md and ${options.out}.json\n`);
   } finally {
     empty.close();
+    outside.close();
     node.close();
   }
 }

@@ -32,6 +32,9 @@ enum limit {
 	CANDIDATES_NEAR = 8,
 	/* A power of two. */
 	PROBES_MAX = 262144,
+	/* Ways that a processor remembers, a power of two; and for how many nanoseconds. */
+	WAYS_MAX = 1024,
+	WAY_NS = 10000000,
 	/* Connections that one step of the sweep looks at. */
 	SWEEP_STEP = 256,
 	/* Connections that one run of `restore` takes, and bytes before the first. */
@@ -358,6 +361,27 @@ struct probe {
 	struct bpf_spin_lock lock;
 	__u16 furthest; /* along a flow's candidate ports */
 	__u16 rows;     /* connections of this bucket */
+};
+
+/*
+ * Value of `ways4`, by a hash of flows, on one processor: where a masqueraded flow went a moment ago, and under which
+ * name. Whether its connection is still that is asked for each packet.
+ */
+struct way4 {
+	__u8 pod[4];
+	__u8 remote[4];
+	__be16 pod_port;
+	__be16 remote_port;
+	__u8 protocol;
+	__u8 tos;        /* of which routes know */
+	__be16 port;     /* outside */
+	__u8 address[4]; /* ours */
+	__u8 next_hop[4];
+	__u32 pod_ifindex;
+	__u32 ifindex; /* uplink */
+	__u32 mtu;     /* bytes of the largest IP packet */
+	__u8 pad[4];
+	__u64 at_ns; /* since boot: when the kernel was asked; 0 in an empty row */
 };
 
 /* Entry of the queue `expiring4`: a connection to look at. */

@@ -94,6 +94,14 @@ struct {
 	__type(value, struct probe);
 } probes4 SEC(".maps");
 
+/* Where masqueraded flows went a moment ago. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, WAYS_MAX);
+	__type(key, __u32);
+	__type(value, struct way4);
+} ways4 SEC(".maps");
+
 /* Every connection once, in the order in which they are looked at. The control plane makes it a little longer. */
 struct {
 	__uint(type, BPF_MAP_TYPE_QUEUE);

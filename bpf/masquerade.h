@@ -1149,20 +1149,99 @@ static __always_inline int from_outside4(struct __sk_buff *skb, struct packet4 *
 	return return_to_pod4(skb, packet, connection, verdict);
 }
 
+/* Of the type of service, what routes and rules look at. */
+#define ROUTE_TOS 0x1c
+
+/* The row of `ways4` that this flow has, or another one. */
+static __always_inline struct way4 *way_of4(const struct pod_flow4 *flow)
+{
+	__u32 index = pod_flow_hash(flow) & (WAYS_MAX - 1);
+
+	return bpf_map_lookup_elem(&ways4, &index);
+}
+
+/* The connection that this packet takes up, if one of its flow went the same way a moment ago; and its key. */
+static __always_inline struct connection4 *
+recent_connection4(struct __sk_buff *skb, const struct packet4 *packet, const struct pod_flow4 *flow,
+		   const struct way4 *way, __u64 now, struct connection_key4 *key)
+{
+	__u32 differ = (bytes4(way->pod) ^ flow->pod) | (bytes4(way->remote) ^ flow->remote) |
+		       (way->pod_port ^ flow->pod_port) | (way->remote_port ^ flow->remote_port) |
+		       (way->protocol ^ flow->protocol) | (way->tos ^ (packet->tos & ROUTE_TOS)) |
+		       (way->pod_ifindex ^ skb->ifindex);
+	struct connection4 *connection;
+
+	if (differ || now - way->at_ns >= WAY_NS || wire_length4(skb, ETH_HLEN, packet) > way->mtu)
+		return 0;
+	connection_key4(key, flow, bytes4(way->address), way->port);
+	connection = bpf_map_lookup_elem(&connections4, key);
+	return connection && is_of_flow4(connection, flow) && connection->ifindex == way->ifindex ? connection
+												  : 0;
+}
+
+/*
+ * The connection that this packet takes up by the way that the kernel says, which is remembered in `way`; and its key.
+ */
+static __always_inline struct connection4 *routed_connection4(struct __sk_buff *skb,
+							      const struct packet4 *packet,
+							      const struct pod_flow4 *flow, struct way4 *way,
+							      __u64 now, struct connection_key4 *key)
+{
+	struct bpf_fib_lookup route = {};
+	struct connection4 *connection;
+	struct uplink4 *uplink;
+	__u32 ifindex;
+
+	route.family = AF_INET;
+	route.ipv4_src = packet->source;
+	route.ipv4_dst = packet->destination;
+	route.l4_protocol = packet->protocol;
+	route.sport = packet->source_port;
+	route.dport = packet->destination_port;
+	route.tot_len = wire_length4(skb, ETH_HLEN, packet);
+	route.tos = packet->tos & ROUTE_TOS;
+	route.ifindex = skb->ifindex;
+	if (bpf_fib_lookup(skb, &route, sizeof(route), 0) != BPF_FIB_LKUP_RET_SUCCESS ||
+	    route.family != AF_INET)
+		return 0;
+	ifindex = route.ifindex;
+	uplink = bpf_map_lookup_elem(&uplinks4, &ifindex);
+	if (!uplink)
+		return 0;
+	connection = find_connection4(flow, uplink, key);
+	if (!connection || connection->ifindex != ifindex)
+		return 0;
+	__builtin_memcpy(way->pod, &flow->pod, sizeof(flow->pod));
+	__builtin_memcpy(way->remote, &flow->remote, sizeof(flow->remote));
+	way->pod_port = flow->pod_port;
+	way->remote_port = flow->remote_port;
+	way->protocol = flow->protocol;
+	/* `route` says something else there by now. */
+	way->tos = packet->tos & ROUTE_TOS;
+	way->port = key->port;
+	__builtin_memcpy(way->address, key->address, sizeof(key->address));
+	__builtin_memcpy(way->next_hop, &route.ipv4_dst, sizeof(route.ipv4_dst));
+	way->pod_ifindex = skb->ifindex;
+	way->ifindex = ifindex;
+	way->mtu = route.mtu_result;
+	way->at_ns = now;
+	return connection;
+}
+
 /*
  * A pod's packet for the outside, at its interface: a flow that the stack has let through once goes out as it would
- * from there, past it. The kernel still says where to, by its routes and rules.
+ * from there, past it. The kernel still says where to, by its routes and rules; of a flow that sends much, it is asked
+ * every WAY_NS, as its answer takes longer than all the rest that is done here for a packet.
  */
 static __always_inline int repeat4(struct __sk_buff *skb, const struct packet4 *packet, enum verdict *verdict)
 {
 	struct bpf_redir_neigh next_hop = {};
-	struct bpf_fib_lookup route = {};
 	struct connection_key4 key;
 	struct connection4 *connection;
 	struct pod_flow4 flow;
-	struct uplink4 *uplink;
+	struct way4 *way;
 	struct iphdr *ip;
-	__u32 ifindex;
+	__u64 now;
 
 	*verdict = VERDICT_UNRELATED;
 	if ((config.fast_path != FAST_PATH_AUTO && config.fast_path != FAST_PATH_ALWAYS) ||
@@ -1172,24 +1251,14 @@ static __always_inline int repeat4(struct __sk_buff *skb, const struct packet4 *
 	/* A connection begins on the stack, also where one with the same ports has been. */
 	if ((flow.tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
 		return NEXT;
-	route.family = AF_INET;
-	route.ipv4_src = packet->source;
-	route.ipv4_dst = packet->destination;
-	route.l4_protocol = packet->protocol;
-	route.sport = packet->source_port;
-	route.dport = packet->destination_port;
-	route.tot_len = wire_length4(skb, ETH_HLEN, packet);
-	route.tos = packet->tos & 0x1c;
-	route.ifindex = skb->ifindex;
-	if (bpf_fib_lookup(skb, &route, sizeof(route), 0) != BPF_FIB_LKUP_RET_SUCCESS ||
-	    route.family != AF_INET)
+	way = way_of4(&flow);
+	if (!way)
 		return NEXT;
-	ifindex = route.ifindex;
-	uplink = bpf_map_lookup_elem(&uplinks4, &ifindex);
-	if (!uplink)
-		return NEXT;
-	connection = find_connection4(&flow, uplink, &key);
-	if (!connection || connection->ifindex != ifindex)
+	now = bpf_ktime_get_coarse_ns();
+	connection = recent_connection4(skb, packet, &flow, way, now, &key);
+	if (!connection)
+		connection = routed_connection4(skb, packet, &flow, way, now, &key);
+	if (!connection)
 		return NEXT;
 	*verdict = VERDICT_STACK_FLOW;
 	if (connection->on_stack)
@@ -1207,8 +1276,8 @@ static __always_inline int repeat4(struct __sk_buff *skb, const struct packet4 *
 	skb->tc_index = 0;
 	*verdict = VERDICT_REPEATED;
 	next_hop.nh_family = AF_INET;
-	next_hop.ipv4_nh = route.ipv4_dst;
-	return bpf_redirect_neigh(ifindex, &next_hop, sizeof(next_hop), 0);
+	next_hop.ipv4_nh = bytes4(way->next_hop);
+	return bpf_redirect_neigh(way->ifindex, &next_hop, sizeof(next_hop), 0);
 }
 
 /* Which of a flow's candidates a port in network order is; CANDIDATES_MAX if none. Not static, as find_port4. */

@@ -2,7 +2,7 @@
 // Do not edit: change the C source and generate again.
 
 /** sha256 over everything below; `abiDigest(object)` gives the same for an object that agrees with it. */
-export const ABI_DIGEST = "49d97c99f13bcc972b87705072def03e6ed65432f99b84d9bffc89c7be6a0c18";
+export const ABI_DIGEST = "f7e7fb27cb1c92953cbb1c5b39cdb8e6b6c781cf5d0aaa7802a298f29bddf01e";
 
 /** struct state_counts, 16 bytes */
 export interface StateCounts {
@@ -626,6 +626,45 @@ export const watchLayout = {
   ],
 } as const;
 
+/** struct way4, 48 bytes */
+export interface Way4 {
+  readonly pod: Uint8Array; // 4 bytes
+  readonly remote: Uint8Array; // 4 bytes
+  readonly pod_port: number; // be16
+  readonly remote_port: number; // be16
+  readonly protocol: number; // u8
+  readonly tos: number; // u8
+  readonly port: number; // be16
+  readonly address: Uint8Array; // 4 bytes
+  readonly next_hop: Uint8Array; // 4 bytes
+  readonly pod_ifindex: number; // u32
+  readonly ifindex: number; // u32
+  readonly mtu: number; // u32
+  readonly at_ns: bigint; // u64
+}
+
+export const way4Layout = {
+  kind: "struct",
+  size: 48,
+  name: "way4",
+  fields: [
+    { name: "pod", offset: 0, layout: { kind: "bytes", size: 4 } },
+    { name: "remote", offset: 4, layout: { kind: "bytes", size: 4 } },
+    { name: "pod_port", offset: 8, layout: { kind: "be16", size: 2 } },
+    { name: "remote_port", offset: 10, layout: { kind: "be16", size: 2 } },
+    { name: "protocol", offset: 12, layout: { kind: "u8", size: 1 } },
+    { name: "tos", offset: 13, layout: { kind: "u8", size: 1 } },
+    { name: "port", offset: 14, layout: { kind: "be16", size: 2 } },
+    { name: "address", offset: 16, layout: { kind: "bytes", size: 4 } },
+    { name: "next_hop", offset: 20, layout: { kind: "bytes", size: 4 } },
+    { name: "pod_ifindex", offset: 24, layout: { kind: "u32", size: 4 } },
+    { name: "ifindex", offset: 28, layout: { kind: "u32", size: 4 } },
+    { name: "mtu", offset: 32, layout: { kind: "u32", size: 4 } },
+    { name: "pad", offset: 36, layout: { kind: "opaque", size: 4 } },
+    { name: "at_ns", offset: 40, layout: { kind: "u64", size: 8 } },
+  ],
+} as const;
+
 /** enum hook */
 export const Hook = {
   HOOK_FROM_POD: 0,
@@ -838,6 +877,8 @@ export const Limit = {
   CANDIDATES_MAX: 128,
   CANDIDATES_NEAR: 8,
   PROBES_MAX: 262144,
+  WAYS_MAX: 1024,
+  WAY_NS: 10000000,
   SWEEP_STEP: 256,
   RESTORE_STEP: 32,
   RESTORE_START: 16,
@@ -896,6 +937,7 @@ export interface Maps {
   readonly traffic4: { readonly key: Address4; readonly value: Traffic };
   readonly uplinks4: { readonly key: number; readonly value: Uplink4 };
   readonly watch: { readonly key: number; readonly value: Watch };
+  readonly ways4: { readonly key: number; readonly value: Way4 };
 }
 
 export const maps = {
@@ -920,6 +962,7 @@ export const maps = {
   traffic4: { name: "traffic4", type: "percpu_hash", key: address4Layout, value: trafficLayout, maxEntries: 65536, flags: 1 },
   uplinks4: { name: "uplinks4", type: "hash", key: { kind: "u32", size: 4 }, value: uplink4Layout, maxEntries: 256, flags: 1 },
   watch: { name: "watch", type: "array", key: { kind: "u32", size: 4 }, value: watchLayout, maxEntries: 1, flags: 0 },
+  ways4: { name: "ways4", type: "percpu_array", key: { kind: "u32", size: 4 }, value: way4Layout, maxEntries: 1024, flags: 0 },
 } as const;
 
 /** What `abiDifference` compares an object with. */

@@ -264,6 +264,7 @@ function size(object: BpfObject, connections: number, countsPeers: boolean): voi
   if (!countsPeers) object.setMaxEntries("traffic4", 1);
   if (connections > 0) return;
   object.setMaxEntries("probes4", 1);
+  object.setMaxEntries("ways4", 1);
   for (const program of ["expire", "restore"]) object.setAutoload(program, false);
 }
 

@@ -45,9 +45,13 @@ const text = (bytes: Uint8Array): string => bytes.join(".");
 export class Outside {
   readonly node: Node;
 
-  /** `connections` is the room in the table. */
-  constructor(changes: Partial<abi.Config> = {}, connections = 4096) {
-    this.node = Node.load({ masquerade: 1, ...changes }, "entries", connections);
+  /** `connections` is the room in the table; only with `entries` can single packets be run here. */
+  constructor(
+    changes: Partial<abi.Config> = {},
+    connections = 4096,
+    kind: "shipped" | "entries" = "entries",
+  ) {
+    this.node = Node.load({ masquerade: 1, ...changes }, kind, connections);
     this.uplink(NODE);
   }
 
