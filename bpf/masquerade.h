@@ -38,6 +38,7 @@
 #define TCP_SYN 0x02
 #define TCP_RST 0x04
 #define TCP_ACK 0x10
+#define TCP_ECE 0x40
 #define TCP_OPTION_END 0
 #define TCP_OPTION_NONE 1
 #define TCP_OPTION_TIME 8

@@ -354,6 +354,20 @@ static __always_inline enum verdict check_tunnel4(const struct tunnel_headers4 *
 }
 
 /*
+ * A TCP segment that acknowledges, and carries nothing: it may overtake others of its flow, as an acknowledgement that
+ * comes late says nothing new, and what it acknowledges went the other way. At constant `offset` is its IP header.
+ */
+static __always_inline int only_acknowledges4(struct __sk_buff *skb, __u32 offset,
+					      const struct packet4 *packet)
+{
+	__u8 head[2]; /* length, flags */
+
+	return packet->header == sizeof(struct iphdr) &&
+	       !bpf_skb_load_bytes(skb, offset + sizeof(struct iphdr) + TCP_LENGTH, head, sizeof(head)) &&
+	       packet->length == sizeof(struct iphdr) + (head[0] >> 4) * 4 && (head[1] & ~TCP_ECE) == TCP_ACK;
+}
+
+/*
  * A UDP packet for the tunnel's port of this node. Those with IP options, and the first part of fragmented
  * ones, are the kernel's to open, but only from a peer; without its first part none of the rest is put
  * together. `before` is skb->tc_index as this packet brought it.
@@ -405,7 +419,7 @@ static __always_inline int from_tunnel4(struct __sk_buff *skb, const struct pack
 		return DROP;
 	*verdict = VERDICT_STACK_TUNNEL;
 	/* TCP arrives in aggregates, and all of a flow must take one way, or its segments change order. */
-	if (inner.protocol == IPPROTO_TCP)
+	if (inner.protocol == IPPROTO_TCP && !only_acknowledges4(skb, INNER_IP, &inner))
 		return NEXT;
 	/* What the kernel would find wrong with the outer headers is for it to find. */
 	ip = packet_data(skb) + ETH_HLEN;

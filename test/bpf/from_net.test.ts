@@ -1,6 +1,17 @@
 /** What `from_net` does with what arrives at the uplink: tunnel packets, directly routed ones, and the rest. */
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from "vitest";
-import { ETH_IP, frame, ip4, type Packet4, readFrame, readIp4, type Tunnel4, vxlan4 } from "./packets.ts";
+import { tcp } from "./outside.ts";
+import {
+  ETH_IP,
+  frame,
+  ip4,
+  type Packet4,
+  readFrame,
+  readIp4,
+  TCP,
+  type Tunnel4,
+  vxlan4,
+} from "./packets.ts";
 import {
   DEVICE,
   DIRECT,
@@ -27,6 +38,12 @@ const inner = (changes: Partial<Packet4> = {}): Packet4 => ({
 });
 const innerFrame = (changes: Partial<Packet4> = {}): Buffer =>
   frame(VTEP_MAC, TUNNEL.mac, ip4(inner(changes)));
+const opened = (bytes: Uint8Array): Buffer =>
+  frame(
+    LO_MAC,
+    OTHER_MAC,
+    vxlan4({ source: TUNNEL.address, destination: VTEP, frame: frame(VTEP_MAC, TUNNEL.mac, bytes) }),
+  );
 const arrived = (changes: Partial<Packet4> = {}, tunnel: Partial<Tunnel4> = {}): Buffer =>
   frame(
     LO_MAC,
@@ -85,11 +102,40 @@ describe("a tunnel packet of a peer", () => {
     }
   });
 
-  test("is left to the kernel's device if it is TCP, whatever its size", () => {
-    expectNext(arrived({ body: { tcp: [1, 2] } }), "STACK_TUNNEL");
-    expectNext(arrived({ body: { tcp: [1, 2], data: new Uint8Array(1200) } }), "STACK_TUNNEL");
+  const [FIN, SYN, RST, PSH, ACK, URG, ECE, CWR] = [1, 2, 4, 8, 16, 32, 64, 128] as const;
+  /** A segment with these flags and as much data; with a timestamp option, if that is asked for. */
+  const segment = (flags: number, data = 0, time?: number): Buffer =>
+    opened(
+      tcp(inner({ body: { tcp: [1, 2], data: new Uint8Array() } }), flags, {
+        data: new Uint8Array(data),
+        ...(time === undefined ? {} : { time }),
+      }),
+    );
+
+  test("is left to the kernel's device if it is TCP that does more than acknowledge, whatever its size", () => {
+    expectNext(segment(ACK, 1), "STACK_TUNNEL");
+    expectNext(segment(ACK, 1200), "STACK_TUNNEL");
+    expectNext(segment(ACK, 1, 12), "STACK_TUNNEL");
+    for (const flag of [FIN, SYN, RST, PSH, URG, CWR]) {
+      expectNext(segment(ACK | flag), "STACK_TUNNEL");
+    }
+    expectNext(segment(0), "STACK_TUNNEL");
     const out = node.run("from_net", arrived({ body: udpOf(1000) }), { gsoSize: 500 });
     expect(out).toMatchObject({ action: NEXT, verdict: "STACK_TUNNEL" });
+  });
+
+  test("is opened if it is TCP that only acknowledges", () => {
+    for (const flags of [ACK, ACK | ECE]) {
+      for (const time of [undefined, 5]) {
+        const input = segment(flags, 0, time);
+        const out = node.run("from_net", input);
+        expect(out.counted).toEqual([`from_net DECAPSULATED ${input.length}`]);
+        expect(readFrame(out.packet).payload.subarray(20)).toEqual(input.subarray(64 + 20));
+      }
+    }
+    // Cut short where its flags would be.
+    const short = ip4(inner({ body: { protocol: TCP, data: new Uint8Array(12) } }));
+    expectNext(opened(short), "STACK_TUNNEL");
   });
 
   test.each<[string, Partial<Packet4>]>([
