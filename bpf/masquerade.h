@@ -1161,34 +1161,43 @@ static __always_inline struct way4 *way_of4(const struct pod_flow4 *flow)
 	return bpf_map_lookup_elem(&ways4, &index);
 }
 
-/* The connection that this packet takes up, if one of its flow went the same way a moment ago; and its key. */
+/* A pod's packet for the outside that may go there past the stack. */
+struct repeat4 {
+	struct pod_flow4 flow;
+	struct connection_key4 key;
+	struct connection4
+		*connection; /* that it takes up; 0 if the kernel has to be asked for its way first */
+	struct way4 *way;
+	__u64 now;
+};
+
+/* The connection of a packet that goes the same way as one of its flow did a moment ago; and its key. */
 static __always_inline struct connection4 *
-recent_connection4(struct __sk_buff *skb, const struct packet4 *packet, const struct pod_flow4 *flow,
-		   const struct way4 *way, __u64 now, struct connection_key4 *key)
+recent_connection4(struct __sk_buff *skb, const struct packet4 *packet, struct repeat4 *repeat)
 {
+	const struct pod_flow4 *flow = &repeat->flow;
+	const struct way4 *way = repeat->way;
 	__u32 differ = (bytes4(way->pod) ^ flow->pod) | (bytes4(way->remote) ^ flow->remote) |
 		       (way->pod_port ^ flow->pod_port) | (way->remote_port ^ flow->remote_port) |
 		       (way->protocol ^ flow->protocol) | (way->tos ^ (packet->tos & ROUTE_TOS)) |
 		       (way->pod_ifindex ^ skb->ifindex);
 	struct connection4 *connection;
 
-	if (differ || now - way->at_ns >= WAY_NS || wire_length4(skb, ETH_HLEN, packet) > way->mtu)
+	if (differ || repeat->now - way->at_ns >= WAY_NS || wire_length4(skb, ETH_HLEN, packet) > way->mtu)
 		return 0;
-	connection_key4(key, flow, bytes4(way->address), way->port);
-	connection = bpf_map_lookup_elem(&connections4, key);
+	connection_key4(&repeat->key, flow, bytes4(way->address), way->port);
+	connection = bpf_map_lookup_elem(&connections4, &repeat->key);
 	return connection && is_of_flow4(connection, flow) && connection->ifindex == way->ifindex ? connection
 												  : 0;
 }
 
-/*
- * The connection that this packet takes up by the way that the kernel says, which is remembered in `way`; and its key.
- */
-static __always_inline struct connection4 *routed_connection4(struct __sk_buff *skb,
-							      const struct packet4 *packet,
-							      const struct pod_flow4 *flow, struct way4 *way,
-							      __u64 now, struct connection_key4 *key)
+/* The same by the way that the kernel says, which is then remembered. */
+static __always_inline struct connection4 *
+routed_connection4(struct __sk_buff *skb, const struct packet4 *packet, struct repeat4 *repeat)
 {
+	const struct pod_flow4 *flow = &repeat->flow;
 	struct bpf_fib_lookup route = {};
+	struct way4 *way = repeat->way;
 	struct connection4 *connection;
 	struct uplink4 *uplink;
 	__u32 ifindex;
@@ -1209,7 +1218,7 @@ static __always_inline struct connection4 *routed_connection4(struct __sk_buff *
 	uplink = bpf_map_lookup_elem(&uplinks4, &ifindex);
 	if (!uplink)
 		return 0;
-	connection = find_connection4(flow, uplink, key);
+	connection = find_connection4(flow, uplink, &repeat->key);
 	if (!connection || connection->ifindex != ifindex)
 		return 0;
 	__builtin_memcpy(way->pod, &flow->pod, sizeof(flow->pod));
@@ -1219,14 +1228,34 @@ static __always_inline struct connection4 *routed_connection4(struct __sk_buff *
 	way->protocol = flow->protocol;
 	/* `route` says something else there by now. */
 	way->tos = packet->tos & ROUTE_TOS;
-	way->port = key->port;
-	__builtin_memcpy(way->address, key->address, sizeof(key->address));
+	way->port = repeat->key.port;
+	__builtin_memcpy(way->address, repeat->key.address, sizeof(way->address));
 	__builtin_memcpy(way->next_hop, &route.ipv4_dst, sizeof(route.ipv4_dst));
 	way->pod_ifindex = skb->ifindex;
 	way->ifindex = ifindex;
 	way->mtu = route.mtu_result;
-	way->at_ns = now;
+	way->at_ns = repeat->now;
 	return connection;
+}
+
+/* Whether a pod's packet for the outside may go there past the stack, and what is known about it without the kernel. */
+static __always_inline int may_repeat4(struct __sk_buff *skb, const struct packet4 *packet,
+				       struct repeat4 *repeat)
+{
+	if ((config.fast_path != FAST_PATH_AUTO && config.fast_path != FAST_PATH_ALWAYS) ||
+	    packet->fragment || packet->icmp_error || packet->header != sizeof(struct iphdr) ||
+	    packet->ttl <= 1)
+		return 0;
+	flow_from_pod4(&repeat->flow, skb, packet);
+	/* A connection begins on the stack, also where one with the same ports has been. */
+	if ((repeat->flow.tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
+		return 0;
+	repeat->way = way_of4(&repeat->flow);
+	if (!repeat->way)
+		return 0;
+	repeat->now = bpf_ktime_get_coarse_ns();
+	repeat->connection = recent_connection4(skb, packet, repeat);
+	return 1;
 }
 
 /*
@@ -1234,41 +1263,26 @@ static __always_inline struct connection4 *routed_connection4(struct __sk_buff *
  * from there, past it. The kernel still says where to, by its routes and rules; of a flow that sends much, it is asked
  * every WAY_NS, as its answer takes longer than all the rest that is done here for a packet.
  */
-static __always_inline int repeat4(struct __sk_buff *skb, const struct packet4 *packet, enum verdict *verdict)
+static __always_inline int repeat4(struct __sk_buff *skb, const struct packet4 *packet,
+				   struct repeat4 *repeat, enum verdict *verdict)
 {
 	struct bpf_redir_neigh next_hop = {};
-	struct connection_key4 key;
-	struct connection4 *connection;
-	struct pod_flow4 flow;
-	struct way4 *way;
+	struct connection4 *connection = repeat->connection;
 	struct iphdr *ip;
-	__u64 now;
 
 	*verdict = VERDICT_UNRELATED;
-	if ((config.fast_path != FAST_PATH_AUTO && config.fast_path != FAST_PATH_ALWAYS) ||
-	    packet->fragment || packet->icmp_error || packet->header != sizeof(*ip) || packet->ttl <= 1)
-		return NEXT;
-	flow_from_pod4(&flow, skb, packet);
-	/* A connection begins on the stack, also where one with the same ports has been. */
-	if ((flow.tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
-		return NEXT;
-	way = way_of4(&flow);
-	if (!way)
-		return NEXT;
-	now = bpf_ktime_get_coarse_ns();
-	connection = recent_connection4(skb, packet, &flow, way, now, &key);
 	if (!connection)
-		connection = routed_connection4(skb, packet, &flow, way, now, &key);
+		connection = routed_connection4(skb, packet, repeat);
 	if (!connection)
 		return NEXT;
 	*verdict = VERDICT_STACK_FLOW;
 	if (connection->on_stack)
 		return NEXT;
-	if (flow.tcp_flags & TCP_FIN)
+	if (repeat->flow.tcp_flags & TCP_FIN)
 		note_end4(skb, packet, connection);
-	see_connection4(connection, flow.protocol, flow.tcp_flags, 1, 0);
+	see_connection4(connection, repeat->flow.protocol, repeat->flow.tcp_flags, 1, 0);
 	*verdict = VERDICT_DROP_FAILED;
-	if (translate_source4(skb, packet, &key))
+	if (translate_source4(skb, packet, &repeat->key))
 		return DROP;
 	ip = packet_data(skb) + ETH_HLEN;
 	if ((void *)(ip + 1) > packet_end(skb))
@@ -1277,8 +1291,8 @@ static __always_inline int repeat4(struct __sk_buff *skb, const struct packet4 *
 	skb->tc_index = 0;
 	*verdict = VERDICT_REPEATED;
 	next_hop.nh_family = AF_INET;
-	next_hop.ipv4_nh = bytes4(way->next_hop);
-	return bpf_redirect_neigh(way->ifindex, &next_hop, sizeof(next_hop), 0);
+	next_hop.ipv4_nh = bytes4(repeat->way->next_hop);
+	return bpf_redirect_neigh(repeat->way->ifindex, &next_hop, sizeof(next_hop), 0);
 }
 
 /* Which of a flow's candidates a port in network order is; CANDIDATES_MAX if none. Not static, as find_port4. */

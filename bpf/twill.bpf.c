@@ -118,9 +118,13 @@ static __always_inline int from_pod4(struct __sk_buff *skb, struct packet4 *pack
 	}
 	stamp(skb, packet);
 	if (outside) {
-		if (config.let_in && is_answer4(skb, packet))
+		struct repeat4 repeat = {};
+		int may_repeat = config.masquerade && may_repeat4(skb, packet, &repeat);
+
+		/* What went out under our address a moment ago is no answer; to ask for that costs a third of a packet. */
+		if (!repeat.connection && config.let_in && is_answer4(skb, packet))
 			return answer4(skb, packet, verdict);
-		return config.masquerade ? repeat4(skb, packet, verdict) : NEXT;
+		return may_repeat ? repeat4(skb, packet, &repeat, verdict) : NEXT;
 	}
 
 	if ((packet->destination & config.subnet4_mask) == config.subnet4) {
