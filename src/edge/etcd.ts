@@ -958,12 +958,20 @@ async function timely<T>(call: Promise<T>, endpoint: string): Promise<T> {
   }
 }
 
-/** Waits longer with each round of failures, between half and all of 100 ms doubling up to 5 s. */
+/**
+ * Milliseconds to wait after so many rounds of failures at all endpoints: between half and all of 100 ms doubling up to
+ * 5 s, as `random` (0 to 1) says, so that the nodes of a cluster do not come back to its etcd in step.
+ */
+export function backoffMs(round: number, random: number): number {
+  const ceiling = Math.min(BACKOFF_MAX_MS, BACKOFF_MIN_MS * 2 ** Math.min(Math.max(0, round), 16));
+  return ceiling * (0.5 + random / 2);
+}
+
+/** Waits longer with each round of failures. */
 async function pause(round: number, stop: AbortSignal): Promise<void> {
-  const ceiling = Math.min(BACKOFF_MAX_MS, BACKOFF_MIN_MS * 2 ** Math.min(round, 16));
   let timer: NodeJS.Timeout | undefined;
   const rest = new Promise<void>((resolve) => {
-    timer = setTimeout(resolve, ceiling * (0.5 + Math.random() / 2));
+    timer = setTimeout(resolve, backoffMs(round, Math.random()));
   });
   await race(rest, stop);
   clearTimeout(timer);

@@ -23,6 +23,7 @@ import { createInterface } from "node:readline";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import type { StoreEvent } from "../../src/core/model.ts";
 import {
+  backoffMs,
   openStore,
   type Store,
   type StoreError,
@@ -427,6 +428,28 @@ async function failure(promise: Promise<unknown>): Promise<StoreError> {
     (error: StoreError) => error,
   );
 }
+
+describe("the pause between attempts", () => {
+  it.each([
+    [0, 50, 100],
+    [1, 100, 200],
+    [4, 800, 1600],
+    [6, 2500, 5000],
+    [1000, 2500, 5000],
+  ])("after round %i of failures is %i to %i ms long", (round, shortest, longest) => {
+    expect(backoffMs(round, 0)).toBe(shortest);
+    expect(backoffMs(round, 1)).toBe(longest);
+  });
+
+  it("is another one on each node, between the two", () => {
+    const pauses = Array.from({ length: 1000 }, () => backoffMs(6, Math.random()));
+    expect(new Set(pauses).size).toBeGreaterThan(990);
+    expect(Math.min(...pauses)).toBeGreaterThanOrEqual(2500);
+    expect(Math.max(...pauses)).toBeLessThan(5000);
+    // Spread over the whole of it: nodes that lost etcd at once come back over seconds.
+    expect(Math.max(...pauses) - Math.min(...pauses)).toBeGreaterThan(2000);
+  });
+});
 
 describe("endpoints and prefix", () => {
   const log = { debug: () => undefined, warn: () => undefined };
