@@ -35,6 +35,11 @@ const PROTOCOL_NAMES: ReadonlyMap<number, string> = new Map(
   Object.entries(PROTOCOLS).map(([name, number]) => [number, name]),
 );
 
+/** In the type of service (RFC 3168). */
+const ECN_MASK = 3;
+const ECN_ECT1 = 1;
+export const ECN_CE = 3;
+
 /** `tcp`, or the number where there is no name. */
 export function protocolName(protocol: number): string {
   return PROTOCOL_NAMES.get(protocol) ?? `${protocol}`;
@@ -329,6 +334,25 @@ export function oneHopLess(ip: Uint8Array): Uint8Array {
   const at = view(next);
   const header = (at.getUint8(0) & 15) * 4;
   at.setUint8(8, at.getUint8(8) - 1);
+  at.setUint16(10, 0);
+  at.setUint16(10, checksum(next.subarray(0, header)));
+  return next;
+}
+
+/**
+ * The packet with the mark of congestion that it has when it leaves a tunnel whose packet had `outer` (RFC 6040, section
+ * 4.2), its header checksum right again; undefined if it is lost, as it could not say what happened on the way.
+ */
+export function leaveTunnel(ip: Uint8Array, outer: number): Uint8Array | undefined {
+  const next = Uint8Array.from(ip);
+  const at = view(next);
+  const tos = at.getUint8(1);
+  const inner = tos & ECN_MASK;
+  if (inner === 0) return (outer & ECN_MASK) === ECN_CE ? undefined : next;
+  const isTold = (outer & ECN_MASK) === ECN_CE || ((outer & ECN_MASK) === ECN_ECT1 && inner !== ECN_CE);
+  if (!isTold) return next;
+  const header = (at.getUint8(0) & 15) * 4;
+  at.setUint8(1, (tos & ~ECN_MASK) | (outer & ECN_MASK));
   at.setUint16(10, 0);
   at.setUint16(10, checksum(next.subarray(0, header)));
   return next;

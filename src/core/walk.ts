@@ -12,7 +12,9 @@ import type { Mac } from "./model.ts";
 import {
   buildFrame,
   buildTunnel,
+  ECN_CE,
   type Ends,
+  leaveTunnel,
   NO_MAC,
   oneHopLess,
   type Packet,
@@ -105,7 +107,6 @@ export interface Walk {
 
 /** More hops than a packet can make here without going round. */
 const HOPS_MAX = 16;
-const ECN_CE = 3;
 
 /** The peer that holds an address: the row with the longest prefix. */
 export function peerOf(subnets: readonly SubnetRow[], address: Ipv4): SubnetRow | undefined {
@@ -225,13 +226,14 @@ export class Walker {
     }
     const tunnel = ifindex === config.overlay_ifindex ? undefined : this.#opened(ethernet.ip);
     if (tunnel !== undefined) {
-      const why = `the kernel's tunnel device opens it`;
-      this.#hop({ at: "device", ifindex: config.overlay_ifindex, verdict: undefined, why, frame: tunnel });
       const outer = readPacket(ethernet.ip);
-      const inner = packetIn(tunnel);
-      // RFC 6040, as the kernel has it.
-      const lost = (outer?.tos ?? 0) % 4 === ECN_CE && (inner?.tos ?? 0) % 4 === 0;
-      return lost ? this.#end({ what: "discarded" }, tunnel) : this.#ingress(config.overlay_ifindex, tunnel);
+      const inner = readFrame(tunnel);
+      const left = inner && outer && packetIn(tunnel) && leaveTunnel(inner.ip, outer.tos);
+      const isLost = packetIn(tunnel) !== undefined && left === undefined;
+      const out = inner && left ? buildFrame(inner.to, inner.from, left) : tunnel;
+      const why = `the kernel's tunnel device opens it`;
+      this.#hop({ at: "device", ifindex: config.overlay_ifindex, verdict: undefined, why, frame: out });
+      return isLost ? this.#end({ what: "discarded" }, out) : this.#ingress(config.overlay_ifindex, out);
     }
     return this.#route(ifindex, ethernet.ip);
   }
