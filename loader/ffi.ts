@@ -9,8 +9,8 @@
 // the call that set it. Layouts are those of 64-bit little-endian Linux (x86-64, arm64).
 import { createRequire } from "node:module";
 import { isMainThread } from "node:worker_threads";
-import ffi from "ffi-napi";
-import ref from "ref-napi";
+import type Ffi from "ffi-napi";
+import type Ref from "ref-napi";
 
 /** Scalar kinds a C function can take. `string` is a JS string passed as a NUL-terminated UTF-8 `char *`. */
 export type ArgumentKind = "int" | "uint" | "i64" | "u64" | "size" | "pointer" | "string";
@@ -55,7 +55,10 @@ export interface Watch {
   close(): void;
 }
 
+// Imported, Node would read each file of these packages twice, the first time for the names that it exports.
 const require = createRequire(import.meta.url);
+const ffi = require("ffi-napi") as typeof Ffi;
+const ref = require("ref-napi") as typeof Ref;
 
 // The internal binding behind every ffi-napi call. Versions are pinned exactly and test/loader/ffi.test.ts
 // holds this door open.
@@ -66,7 +69,7 @@ const bindings: {
 const WORD = 8;
 const TWO32 = 0x1_0000_0000;
 
-const argumentTypes: Record<ArgumentKind, ref.Type> = {
+const argumentTypes: Record<ArgumentKind, Ref.Type> = {
   int: ref.types.int32,
   uint: ref.types.uint32,
   i64: ref.types.int64,
@@ -75,7 +78,7 @@ const argumentTypes: Record<ArgumentKind, ref.Type> = {
   pointer: ref.types.uint64,
   string: ref.types.uint64,
 };
-const resultTypes: Record<ResultKind, ref.Type> = {
+const resultTypes: Record<ResultKind, Ref.Type> = {
   void: ref.types.void,
   int: ref.types.int32,
   uint: ref.types.uint32,

@@ -218,6 +218,20 @@ export function recording<T>(record: (level: LogLevel, message: string) => void,
   }
 }
 
+/**
+ * Runs `body` with libbpf silent, unless somebody listens: it has hundreds of lines to say for nobody, and each comes by
+ * a callback, which costs more than what it tells of.
+ */
+export function silently<T>(body: () => T): T {
+  if (listener !== undefined) return body();
+  bpf.setPrint(null);
+  try {
+    return body();
+  } finally {
+    bpf.setPrint(print);
+  }
+}
+
 /** A buffer for an `_opts` struct: zeroes, with its own size in the first field. */
 export function options(size: number): Buffer {
   const struct = Buffer.alloc(size);

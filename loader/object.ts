@@ -5,7 +5,7 @@
 // whose `log` holds all of them.
 import { closeSync } from "node:fs";
 import { basename } from "node:path";
-import { BtfError, type Field, type Layout, type MapLayout, readBtf } from "./btf.ts";
+import { type Btf, BtfError, type Field, type Layout, type MapLayout, readBtf } from "./btf.ts";
 import { codec } from "./codec.ts";
 import { convert } from "./convert.ts";
 import { cString, errno, readCString, writeMemory } from "./ffi.ts";
@@ -19,6 +19,7 @@ import {
   readInfo,
   readObject,
   recording,
+  silently,
   writePointer,
 } from "./libbpf.ts";
 import { BpfMap, mapInfo, mapTypeName } from "./map.ts";
@@ -95,6 +96,8 @@ export class BpfObject {
   /** Names of the maps that the C source declares; data sections are not among them. */
   readonly maps: readonly string[];
   readonly #bytes: Uint8Array;
+  #btf: Btf | undefined;
+  #layouts: readonly MapLayout[] | undefined;
   readonly #programs = new Map<string, number>();
   readonly #maps = new Map<string, number>();
   readonly #handed = new Map<string, { close(): void }>();
@@ -109,7 +112,9 @@ export class BpfObject {
     const opts = options(OPEN_OPTIONS_SIZE);
     const objectName = cString(name);
     writePointer(opts, 8, objectName);
-    this.#handle = this.#record(() => bpf.objectOpen(bytes, bytes.byteLength, opts));
+    const open = (): number => bpf.objectOpen(bytes, bytes.byteLength, opts);
+    // One that can't be opened is opened again, to hear why.
+    this.#handle = silently(open) || this.#record(open);
     if (this.#handle === 0) {
       throw failure("bpf_object__open_mem", errno(), `open object ${name}`, "Is it an ELF file for BPF?");
     }
@@ -140,7 +145,7 @@ export class BpfObject {
    */
   setRodata(values: Readonly<Record<string, RodataValue>>): void {
     this.#require("open");
-    const btf = readBtf(this.#bytes);
+    const btf = this.#readBtf();
     const variables = new Map<string, { section: string; field: Field }>();
     for (const section of btf.sections()) {
       if (section !== ".rodata" && !section.startsWith(".rodata.")) continue;
@@ -263,8 +268,8 @@ export class BpfObject {
     try {
       const target = this.map(map);
       const { btfId } = mapInfo({ fd });
-      const have = btfId === 0 ? undefined : mapLayout(kernelBtf(btfId), map);
-      const want = mapLayout(this.#bytes, map);
+      const have = pinnedLayout(btfId, map);
+      const want = this.#mapLayout(map);
       if (source.perCpu || target.perCpu || source.id === target.id) return 0;
       if (!have?.key || !have.value || !want?.key || !want.value) return 0;
       const [oldKey, oldValue] = [codec(have.key), codec(have.value)];
@@ -342,6 +347,17 @@ export class BpfObject {
     }, body);
   }
 
+  /** The object's own types, which are read once: it is asked for them map by map. */
+  #readBtf(): Btf {
+    this.#btf ??= readBtf(this.#bytes);
+    return this.#btf;
+  }
+
+  #mapLayout(map: string): MapLayout | undefined {
+    this.#layouts ??= layoutsOf(() => this.#readBtf());
+    return this.#layouts.find(({ name }) => name === map);
+  }
+
   #compare(map: string, handle: number, fd: number): string[] {
     const pinned = mapInfo({ fd });
     const differences: string[] = [];
@@ -357,8 +373,8 @@ export class BpfObject {
     differ("max_entries", pinned.maxEntries, type === RINGBUF ? ringSize(entries) : entries);
     differ("flags", pinned.flags, bpf.mapFlags(handle));
     if (differences.length > 0) return differences;
-    const have = pinned.btfId === 0 ? undefined : mapLayout(kernelBtf(pinned.btfId), map);
-    const want = mapLayout(this.#bytes, map);
+    const have = pinnedLayout(pinned.btfId, map);
+    const want = this.#mapLayout(map);
     if (have !== undefined && want !== undefined) {
       compareLayouts("key", have.key, want.key, differences);
       compareLayouts("value", have.value, want.value, differences);
@@ -411,21 +427,24 @@ function kernelBtf(id: number): Uint8Array {
 }
 
 // Layouts are a second opinion after the sizes: BTF that this reader cannot follow is no reason to refuse.
-function mapLayout(bytes: Uint8Array, map: string): MapLayout | undefined {
+function layoutsOf(read: () => Btf): readonly MapLayout[] {
   try {
-    return readBtf(bytes)
-      .maps()
-      .find((layout) => layout.name === map);
+    return read().maps();
   } catch (error) {
-    if (error instanceof BtfError) return undefined;
+    if (error instanceof BtfError) return [];
     throw error;
   }
+}
+
+function pinnedLayout(btfId: number, map: string): MapLayout | undefined {
+  if (btfId === 0) return undefined;
+  return layoutsOf(() => readBtf(kernelBtf(btfId))).find(({ name }) => name === map);
 }
 
 /** The layout of a map in the kernel by its own BTF; undefined if it has none. `name` is the full one, of the source. */
 export function layoutOfMap(map: BpfMap, name: string): MapLayout | undefined {
   const { btfId } = mapInfo({ fd: map.fd });
-  return btfId === 0 ? undefined : mapLayout(kernelBtf(btfId), name);
+  return pinnedLayout(btfId, name);
 }
 
 function compareLayouts(
