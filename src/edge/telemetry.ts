@@ -11,8 +11,14 @@
 import { once } from "node:events";
 import { readdirSync, readFileSync, writeSync } from "node:fs";
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
-import { type DestinationStream, type Logger, pino } from "pino";
-import { Counter, Gauge, Histogram, Registry } from "prom-client";
+import { createRequire } from "node:module";
+import type { DestinationStream, Logger } from "pino";
+import type { Counter, Gauge, Histogram, Registry } from "prom-client";
+
+// Imported, Node would read each file of these packages twice, the first time for the names that it exports.
+const require = createRequire(import.meta.url);
+const { pino } = require("pino") as typeof import("pino");
+const prom = require("prom-client") as typeof import("prom-client");
 
 export type LogFormat = "text" | "json";
 export type LogLevel = "trace" | "debug" | "info" | "warn" | "error" | "fatal";
@@ -141,10 +147,10 @@ const DRIFTING = ["routes", "neighbours", "fdb", "attachments", "maps", "pins"];
 /** Prepares logging and metrics; nothing is served before `listen`. */
 export function createTelemetry(options: TelemetryOptions): Telemetry {
   const log = createLog(options);
-  const registry = new Registry();
-  const gauge = (name: string, help: string) => new Gauge({ name, help, registers: [registry] });
+  const registry = new prom.Registry();
+  const gauge = (name: string, help: string) => new prom.Gauge({ name, help, registers: [registry] });
 
-  new Gauge({
+  new prom.Gauge({
     name: "twill_build_info",
     help: "Version of Twill and of its BPF layout; always 1.",
     labelNames: ["version", "abi"],
@@ -153,7 +159,7 @@ export function createTelemetry(options: TelemetryOptions): Telemetry {
   const readiness = gauge("twill_ready", "1 once the node forwards and subnet.env is written.");
   const metrics: Metrics = {
     storeConnected: gauge("twill_store_connected", "1 while the watch of etcd stands."),
-    storeDisconnections: new Counter({
+    storeDisconnections: new prom.Counter({
       name: "twill_store_disconnections_total",
       help: "Times that the watch of etcd broke.",
       registers: [registry],
@@ -167,7 +173,7 @@ export function createTelemetry(options: TelemetryOptions): Telemetry {
       "twill_records_ignored",
       "Leases of the store that are in order, and are none that this node can forward to.",
     ),
-    reconcileDuration: new Histogram({
+    reconcileDuration: new prom.Histogram({
       name: "twill_reconcile_duration_seconds",
       help: "Time from a change to the kernel in step with it.",
       buckets: [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5],
@@ -192,7 +198,7 @@ export function createTelemetry(options: TelemetryOptions): Telemetry {
       "1 while pods' packets take the stack because of the host's packet filter.",
     ),
     probes: counter(registry, "twill_probes_total", "Probes of peers, by result.", "result"),
-    probeDuration: new Histogram({
+    probeDuration: new prom.Histogram({
       name: "twill_probe_duration_seconds",
       help: "Round trips of probes of peers that were answered.",
       buckets: [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1],
@@ -295,7 +301,7 @@ export function createTelemetry(options: TelemetryOptions): Telemetry {
 }
 
 function counter<L extends string>(registry: Registry, name: string, help: string, label: L): Counter<L> {
-  return new Counter({ name, help, labelNames: [label], registers: [registry] });
+  return new prom.Counter({ name, help, labelNames: [label], registers: [registry] });
 }
 
 /** What is read at each scrape, set anew by it so that rows that are gone disappear. */
@@ -305,9 +311,9 @@ function kernelMetrics(registry: Registry): {
   took(seconds: number): void;
 } {
   const counts = (name: string, help: string, ...labelNames: string[]) =>
-    new Counter({ name, help, labelNames, registers: [registry] });
+    new prom.Counter({ name, help, labelNames, registers: [registry] });
   const sizes = (name: string, help: string, ...labelNames: string[]) =>
-    new Gauge({ name, help, labelNames, registers: [registry] });
+    new prom.Gauge({ name, help, labelNames, registers: [registry] });
   const packets = counts("twill_packets_total", "Packets by hook and verdict.", "hook", "verdict");
   const bytes = counts("twill_bytes_total", "Bytes by hook and verdict.", "hook", "verdict");
   const drops = counts("twill_dropped_packets_total", "Packets that were dropped, by reason.", "reason");
@@ -365,7 +371,7 @@ function kernelMetrics(registry: Registry): {
     "peer",
     "direction",
   );
-  const failures = new Counter({
+  const failures = new prom.Counter({
     name: "twill_scrape_failures_total",
     help: "Scrapes in which the kernel's counters could not be read.",
     registers: [registry],
@@ -439,13 +445,13 @@ function kernelMetrics(registry: Registry): {
 function processMetrics(registry: Registry): void {
   const start = Date.now() / 1000 - process.uptime();
   const gauge = (name: string, help: string, read: () => number) =>
-    new Gauge({
+    new prom.Gauge({
       ...{ name, help, registers: [registry] },
       collect() {
         this.set(read());
       },
     });
-  new Counter({
+  new prom.Counter({
     name: "process_cpu_seconds_total",
     help: "Processor time, user and system.",
     registers: [registry],
