@@ -10,6 +10,7 @@ import {
   type LeaseLife,
   type LeaseReport,
   newLeaseLife,
+  type StoredRecord,
   step,
 } from "../core/leaselife.ts";
 import type { LeaseAttributes, Network, StoreEvent } from "../core/model.ts";
@@ -39,6 +40,12 @@ export class LeaseKeeper {
   #report: LeaseReport | undefined;
   #cancelTick: (() => void) | undefined;
   #stopped = false;
+  /**
+   * What the store told before there was a lease to keep: the first look at it is this, as it was read a moment ago. That it
+   * may be older does no harm, as each write compares.
+   */
+  #told: Map<string, StoredRecord> | undefined = new Map();
+  #toldAll = false;
 
   /** `onUse` is told when another subnet is ours. */
   constructor(wish: LeaseWish, world: LeaseWorld, onUse: () => void) {
@@ -73,7 +80,19 @@ export class LeaseKeeper {
 
   /** To be told of every event of the store. */
   onStore(event: StoreEvent): void {
+    this.#note(event);
     this.#take(event);
+  }
+
+  #note(event: StoreEvent): void {
+    if (this.#told === undefined) return;
+    if (event.kind === "reset") this.#told.clear();
+    if (event.kind === "reset" || event.kind === "synced") this.#toldAll = event.kind === "synced";
+    if (event.kind !== "put" && event.kind !== "delete") return;
+    if (!event.key.startsWith(SUBNETS)) return;
+    const key = event.key.slice(SUBNETS.length);
+    if (event.kind === "delete") this.#told.delete(key);
+    else this.#told.set(key, { key, value: event.value, revision: event.revision, leaseId: event.leaseId });
   }
 
   stop(): void {
@@ -109,7 +128,13 @@ export class LeaseKeeper {
         observer.lease(action.what);
         return;
       }
-      case "list":
+      case "list": {
+        const told = this.#told;
+        this.#told = undefined;
+        if (told !== undefined && this.#toldAll && action.doubted === undefined) {
+          this.#take({ kind: "listed", records: [...told.values()], random: random(), isGone: false });
+          return;
+        }
         this.#answer(
           store.list(SUBNETS).then(async ({ records }) => ({
             kind: "listed",
@@ -119,6 +144,7 @@ export class LeaseKeeper {
           })),
         );
         return;
+      }
       case "create":
         this.#answer(
           store

@@ -222,6 +222,7 @@ export function decide(
   random: number,
 ): Decision {
   const { network, publicIp, previous, shunned } = wish;
+  const ours = [publicIp, ...(wish.formerIp === undefined ? [] : [wish.formerIp])].map(formatIpv4);
   const taken: Prefix[] = [];
   const own: { record: StoredRecord; subnet: Prefix }[] = [];
   for (const record of records) {
@@ -229,7 +230,8 @@ export function decide(
     if (subnet === undefined) continue;
     // A record that can't be read still occupies its key.
     taken.push(subnet);
-    const owner = ownerOf(record);
+    // Nearly all are of others, and need not be read to see that.
+    const owner = mayName(record.value, ours) ? ownerOf(record) : undefined;
     const isFormer = owner === wish.formerIp && previous !== undefined && same(subnet, previous);
     if (owner !== undefined && (owner === publicIp || isFormer)) own.push({ record, subnet });
   }
@@ -632,6 +634,11 @@ class Step {
 
 function same(a: Prefix, b: Prefix): boolean {
   return a.address === b.address && a.length === b.length;
+}
+
+/** Whether a record can name one of these addresses: JSON may spell any text in escapes. */
+function mayName(value: string, addresses: readonly string[]): boolean {
+  return value.includes("\\") || addresses.some((address) => value.includes(address));
 }
 
 /** The public address in a record, undefined if it can't be read. */
