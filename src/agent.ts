@@ -146,6 +146,11 @@ const REFUSED_MS = 500;
  * more than this share of the time: with some ten thousand peers every few minutes. The maps are read back each time.
  */
 const DUMP_SHARE = 1 / 500;
+/**
+ * Leases that one round turns into rows. With what it writes of them that takes some milliseconds, and then others have
+ * their turn: probes, the watchdog, an answer of etcd.
+ */
+const LEASES_PER_ROUND = 250;
 const TABLE_MAIN = 254;
 const UNICAST = 1;
 const BLACKHOLE = 6;
@@ -206,8 +211,11 @@ export class Agent {
 
   /** How each peer's public address is reached, and by which interfaces. */
   readonly #paths = new Map<Ipv4, Path | undefined>();
+  #lastPath: Path | undefined;
   readonly #ways = new Set<number>();
   readonly #rows = new Map<string, LeaseRows>();
+  /** Keys of leases whose rows are to be made anew, see `LEASES_PER_ROUND`. */
+  readonly #unread = new Set<string>();
   /** Keys of the routes that no lease gives. */
   #commonRoutes: ReadonlySet<string> = new Set();
   /** Leases that give no rows, and why. */
@@ -457,6 +465,11 @@ export class Agent {
     };
   }
 
+  /** All that the store has told is in force, as far as the kernel took it. */
+  get isUpToDate(): boolean {
+    return this.#unread.size === 0 && this.#ready;
+  }
+
   /** Entries of the maps that are filled from here, as they were seen last. */
   entries(): Readonly<Record<keyof MapRows, number>> {
     return {
@@ -550,11 +563,15 @@ export class Agent {
     }
     this.#addressStale = false;
     const isSettled = this.#commands.settle({ network: network.network, subnet, publicIp });
-    this.#compile(facts);
+    const isCompiled = this.#compile(facts);
     this.#probing?.aim(probeSourceOf(facts));
     if (this.#tablesStale) this.#observeTables(facts);
     // Loading programs takes the verifier half a second. The stack, which forwards meanwhile, need not wait for it.
-    if (this.#ready) this.#putPeers();
+    if (!this.#putPeers() || !isCompiled) {
+      // Nothing is removed before all is known that is wanted.
+      this.#wake();
+      return;
+    }
     this.#findPods(facts);
     this.#loadPrograms(facts);
     if (this.#mapsStale) this.#attempts.attempt("maps", () => this.#observeMaps());
@@ -563,7 +580,10 @@ export class Agent {
     this.#findPrograms(facts);
 
     const nameOf = (ifindex: number): string => this.#nameOf(ifindex);
-    this.#putPeers();
+    if (!this.#putPeers()) {
+      this.#wake();
+      return;
+    }
     this.#writer.putMap("endpoints4", this.#endpoints);
     this.#writer.putMap("interfaces", this.#interfaces);
     this.#writer.putMap("excluded4", this.#excluded);
@@ -595,13 +615,19 @@ export class Agent {
     this.#claimed = network;
   }
 
-  /** Routes to peers, what they lead on to, and what the programs know of them. The programs may be older than that. */
-  #putPeers(): void {
-    this.#writer.putMap("peers4", this.#peers);
-    this.#writer.put(this.#neighbours, NEIGHBOURS);
-    this.#writer.put(this.#fdb, FDB);
-    this.#writer.put(this.#routes, ROUTES, (row) => this.#isRoutable(row));
-    this.#writer.putMap("subnets4", this.#subnets);
+  /**
+   * Routes to peers, what they lead on to, and what the programs know of them; the programs may be older than that. Returns
+   * false if there were too many to be written in one go.
+   */
+  #putPeers(): boolean {
+    const hasMaps = this.#configText !== "";
+    return (
+      (!hasMaps || this.#writer.putMap("peers4", this.#peers)) &&
+      this.#writer.put(this.#neighbours, NEIGHBOURS) &&
+      this.#writer.put(this.#fdb, FDB) &&
+      this.#writer.put(this.#routes, ROUTES, (row) => this.#isRoutable(row)) &&
+      (!hasMaps || this.#writer.putMap("subnets4", this.#subnets))
+    );
   }
 
   /** The uplink and the tunnel device, as the config asks for them. */
@@ -723,26 +749,35 @@ export class Agent {
     return facts;
   }
 
-  /** Turns leases into wanted rows: of all leases if the facts or paths changed, else of those that changed. */
-  #compile(facts: Facts): void {
+  /**
+   * Turns leases into wanted rows: all leases if the facts or paths changed, else those that changed; some of them at a
+   * time. Returns whether there are no more.
+   */
+  #compile(facts: Facts): boolean {
     if (this.#pathsStale) this.#renewPaths();
     this.#pathsStale = false;
-    const touched = takeTouched(this.#desired);
+    // Of two leases that want one row, the one that is read later has it: their order must stay that of the store.
+    for (const key of takeTouched(this.#desired)) {
+      this.#unread.delete(key);
+      this.#unread.add(key);
+    }
     if (this.#rowsStale) {
-      this.#learnPaths(this.#desired.leases.values());
-      for (const key of [...this.#rows.keys(), ...this.#ignored.keys()]) {
-        if (!this.#desired.leases.has(key)) this.#want(key, undefined, facts);
-      }
-      for (const [key, lease] of this.#desired.leases) this.#want(key, lease, facts);
+      const { leases } = this.#desired;
+      this.#unread.clear();
+      for (const keys of [this.#rows, this.#ignored])
+        for (const key of keys.keys()) if (!leases.has(key)) this.#unread.add(key);
+      for (const key of leases.keys()) this.#unread.add(key);
       this.#wantRoutes(kindOf(facts.network.backend).routes?.(facts) ?? []);
       this.#rowsStale = false;
-      return;
     }
-    // Should one of them fail, they are lost here: then all are looked at.
-    this.#rowsStale = true;
-    this.#learnPaths(Array.from(touched, (key) => this.#desired.leases.get(key)));
-    for (const key of touched) this.#want(key, this.#desired.leases.get(key), facts);
-    this.#rowsStale = false;
+    const some: string[] = [];
+    for (const key of this.#unread) if (some.push(key) === LEASES_PER_ROUND) break;
+    this.#learnPaths(some.map((key) => this.#desired.leases.get(key)));
+    for (const key of some) {
+      this.#want(key, this.#desired.leases.get(key), facts);
+      this.#unread.delete(key);
+    }
+    return this.#unread.size === 0;
   }
 
   #rowsFor(lease: Lease, facts: Facts): LeaseRows {
@@ -758,7 +793,12 @@ export class Agent {
     return this.#routesTo(addresses).map((route) => {
       const link = route === undefined ? undefined : this.#host.links.get(route.outIndex);
       if (route === undefined || link === undefined) return undefined;
-      return { ...route, mtu: Math.min(route.mtu ?? link.mtu, link.mtu), ethernet: link.type === ETHERNET };
+      const { outIndex, gateway, source } = route;
+      const mtu = Math.min(route.mtu ?? link.mtu, link.mtu);
+      const path = { outIndex, gateway, source, mtu, ethernet: link.type === ETHERNET };
+      // Peers are reached in a few ways, so that thousands need not have a path each.
+      if (!samePath(this.#lastPath, path)) this.#lastPath = path;
+      return this.#lastPath;
     });
   }
 
@@ -914,12 +954,12 @@ export class Agent {
     const { dataplane, observer } = this.#world;
     const unpinned = dataplane.keepPins();
     const drifted =
-      this.#peers.observeAll(dataplane.rows("peers4")) +
-      this.#subnets.observeAll(dataplane.rows("subnets4")) +
-      this.#endpoints.observeAll(dataplane.rows("endpoints4")) +
-      this.#interfaces.observeAll(dataplane.rows("interfaces")) +
-      this.#uplinks.observeAll(dataplane.rows("uplinks4")) +
-      this.#excluded.observeAll(dataplane.rows("excluded4"));
+      this.#writer.observeMap("peers4", this.#peers) +
+      this.#writer.observeMap("subnets4", this.#subnets) +
+      this.#writer.observeMap("endpoints4", this.#endpoints) +
+      this.#writer.observeMap("interfaces", this.#interfaces) +
+      this.#writer.observeMap("uplinks4", this.#uplinks) +
+      this.#writer.observeMap("excluded4", this.#excluded);
     if (this.#ready && unpinned > 0) observer.repaired("pins", unpinned);
     if (this.#ready && drifted > 0) observer.repaired("maps", drifted);
     if (drifted > 0) this.#trustMs = REFUSED_MS;

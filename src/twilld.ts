@@ -663,7 +663,7 @@ function collect(settings: Settings, agent: Agent, flows: FlowCount, { metrics }
   const { pinPath, ipMasq, masqPorts } = settings;
   const now = agent.status();
   metrics.desiredRevision.set(Number(now.revision));
-  if (now.failures.length === 0) metrics.appliedRevision.set(Number(now.revision));
+  if (now.failures.length === 0 && agent.isUpToDate) metrics.appliedRevision.set(Number(now.revision));
   metrics.peers.set(now.peers);
   metrics.endpoints.set(now.endpoints);
   metrics.recordsRejected.set(now.rejections.length);

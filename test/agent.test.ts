@@ -280,6 +280,73 @@ describe("drift that no notification tells of", () => {
   });
 });
 
+describe("many leases at once", () => {
+  const PEERS = 1200;
+  /** What one turn of the event loop may write, so that it is over within milliseconds. */
+  const MOST = 2500;
+
+  const addMany = (world: World): void => {
+    for (let n = 0; n < PEERS; n++) {
+      const [x, y] = [(n >> 8) + 1, n & 255];
+      const mac = `0e:00:00:00:${x.toString(16).padStart(2, "0")}:${y.toString(16).padStart(2, "0")}`;
+      world.etcd.put(`subnets/10.${x}.${y}.0-24`, record(`172.16.${x}.${y}`, mac));
+    }
+  };
+
+  /** Counts what each round of a node writes. */
+  const countWrites = (node: Node): number[] => {
+    const writes: number[] = [];
+    const count = (): void => {
+      writes[node.rounds] = (writes[node.rounds] ?? 0) + 1;
+    };
+    node.kernel.onWrite = node.dataplane.onWrite = count;
+    return writes;
+  };
+
+  test("are taken some at a time, and the node is ready once it has all", async () => {
+    const world = new World();
+    world.etcd.put("config", config(VXLAN, "10.0.0.0/8", { SubnetLen: 24, SubnetMin: "10.200.0.0" }));
+    addMany(world);
+    const node = world.addNode();
+    const writes = countWrites(node);
+    const late: string[] = [];
+    const count = node.dataplane.onWrite;
+    node.dataplane.onWrite = (map, key, gone) => {
+      count(map, key, gone);
+      if (node.isReady) late.push(`${map} ${key}`);
+    };
+    node.start();
+    await world.settle();
+    expect(node.isReady).toBe(true);
+    expect(late).toEqual([]);
+    expect(node.dataplane.maps.subnets4.size).toBe(PEERS);
+    expect(node.dataplane.maps.peers4.size).toBe(PEERS);
+    expect(routes(node)).toHaveLength(PEERS);
+    expect(neighbours(node)).toHaveLength(PEERS);
+    expect(fdb(node)).toHaveLength(PEERS);
+    expect(Math.max(...writes.filter(Number.isFinite))).toBeLessThan(MOST);
+  });
+
+  test("remove nothing of a peer that moves before its new lease is read", async () => {
+    const world = new World();
+    world.etcd.put("config", config(VXLAN, "10.0.0.0/8", { SubnetLen: 24, SubnetMin: "10.200.0.0" }));
+    world.etcd.put("subnets/10.250.1.0-24", record("172.16.250.1", MAC(1)));
+    const node = world.addNode();
+    node.start();
+    await world.settle();
+    const gone: string[] = [];
+    node.dataplane.onWrite = (map, key, isGone) => {
+      if (isGone) gone.push(`${map} ${key}`);
+    };
+    world.etcd.delete("subnets/10.250.1.0-24");
+    addMany(world);
+    world.etcd.put("subnets/10.250.2.0-24", record("172.16.250.1", MAC(1)));
+    await world.settle();
+    expect(gone).toEqual(["subnets4 10.250.1.0/24"]);
+    expect(node.dataplane.maps.peers4.size).toBe(PEERS + 1);
+  });
+});
+
 test("a link that has its carrier back has silent neighbours asked, and the store tried, at once", async () => {
   const [world, node] = await forwarding(1);
   const { kernel } = node;

@@ -14,6 +14,9 @@ import type { Difference, Table } from "../core/table.ts";
 import type { MapRows, World } from "../core/world.ts";
 import { type Attempts, reasonOf } from "./attempts.ts";
 
+/** Rows that are written in one go, which takes some milliseconds; what is removed is not so many as a rule. */
+const ROWS_PER_GO = 1000;
+
 /** How rows of a kernel table are written and removed. */
 export interface RowWrites<Row> {
   put(row: Row): Write;
@@ -29,14 +32,21 @@ export class Writer {
     this.#attempts = attempts;
   }
 
-  /** Writes the wanted rows of a map. */
-  putMap<Name extends keyof MapRows>(name: Name, table: Table<MapRows[Name]>): void {
-    this.#writeMap(name, table, "put", ({ want }) => want);
+  /** Reads a map back. Returns how many rows differ now that did not before. */
+  observeMap<Name extends keyof MapRows>(name: Name, table: Table<MapRows[Name]>): number {
+    const rows = this.#world.dataplane.rows(name);
+    return rows === undefined ? 0 : table.observeAll(rows);
+  }
+
+  /** Writes wanted rows of a map. Returns false if there are more than go at once. */
+  putMap<Name extends keyof MapRows>(name: Name, table: Table<MapRows[Name]>): boolean {
+    return this.#writeMap(name, table, "put", ({ want }) => want, ROWS_PER_GO);
   }
 
   /** Removes the rows of a map that are not wanted. */
   removeFromMap<Name extends keyof MapRows>(name: Name, table: Table<MapRows[Name]>): void {
-    this.#writeMap(name, table, "remove", ({ want, have }) => (want === undefined ? have : undefined));
+    const rowOf = ({ want, have }: Difference<MapRows[Name]>) => (want === undefined ? have : undefined);
+    this.#writeMap(name, table, "remove", rowOf, Number.POSITIVE_INFINITY);
   }
 
   /** Writes or removes the differing rows of a map in one batch; how far one that failed came is read back. */
@@ -45,27 +55,35 @@ export class Writer {
     table: Table<MapRows[Name]>,
     call: "put" | "remove",
     rowOf: (difference: Difference<MapRows[Name]>) => MapRows[Name] | undefined,
-  ): void {
+    most: number,
+  ): boolean {
     const rows = new Map<string, MapRows[Name]>();
+    let isAll = true;
     for (const difference of table.differences()) {
       const row = rowOf(difference);
-      if (row !== undefined) rows.set(difference.key, row);
+      if (row === undefined) continue;
+      if (rows.size === most) {
+        isAll = false;
+        break;
+      }
+      rows.set(difference.key, row);
     }
-    if (rows.size === 0) return;
+    if (rows.size === 0) return true;
     const { dataplane } = this.#world;
     try {
       dataplane[call](name, [...rows.values()]);
     } catch (error) {
-      this.#attempts.attempt("maps", () => table.observeAll(dataplane.rows(name)));
+      this.#attempts.attempt("maps", () => this.observeMap(name, table));
       this.#refused(table, new Map([...rows.keys()].map((key) => [key, reasonOf(error)])));
-      return;
+      return isAll;
     }
     for (const [key, row] of rows) table.observe(key, call === "put" ? row : undefined);
+    return isAll;
   }
 
-  /** Writes wanted rows of a kernel table, those that may be put already. */
-  put<Row>(table: Table<Row>, writes: RowWrites<Row>, mayPut: (row: Row) => boolean = () => true): void {
-    this.#write(table, "put", (row) => writes.put(row), mayPut);
+  /** Writes wanted rows of a kernel table, those that may be put already. Returns false if there are more than go at once. */
+  put<Row>(table: Table<Row>, writes: RowWrites<Row>, mayPut: (row: Row) => boolean = () => true): boolean {
+    return this.#write(table, "put", (row) => writes.put(row), mayPut, ROWS_PER_GO);
   }
 
   /** Removes the rows of a kernel table that are not wanted. */
@@ -75,6 +93,7 @@ export class Writer {
       "remove",
       (row) => writes.remove(row),
       () => true,
+      Number.POSITIVE_INFINITY,
     );
   }
 
@@ -83,17 +102,23 @@ export class Writer {
     what: "put" | "remove",
     writeOf: (row: Row) => Write,
     mayPut: (row: Row) => boolean,
-  ): void {
+    most: number,
+  ): boolean {
     const differences: Difference<Row>[] = [];
     const writes: Write[] = [];
+    let isAll = true;
     for (const difference of table.differences()) {
       const { want, have } = difference;
       const row = what === "put" ? want : want === undefined ? have : undefined;
       if (row === undefined || (what === "put" && !mayPut(row))) continue;
+      if (writes.length === most) {
+        isAll = false;
+        break;
+      }
       differences.push(difference);
       writes.push(writeOf(row));
     }
-    if (writes.length === 0) return;
+    if (writes.length === 0) return true;
     const results = this.#attempts.must(table.name, () => this.#world.kernel.apply(writes));
     const refused = new Map<string, string>();
     differences.forEach(({ key, want }, index) => {
@@ -102,6 +127,7 @@ export class Writer {
       else refused.set(key, error.message);
     });
     this.#refused(table, refused);
+    return isAll;
   }
 
   /** Attaches wanted programs; `nameOf` gives an interface its name, for people. */

@@ -117,7 +117,7 @@ function stateOf(desired: Desired): State {
 /** A snapshot on its way in: decoded, but not in force. */
 interface Snapshot {
   config: string | undefined;
-  readonly records: Map<string, { readonly record: Lease | Rejection; readonly revision: bigint }>;
+  readonly records: Map<string, { readonly record: Lease | Rejection; readonly revision: number }>;
 }
 
 class State {
@@ -182,7 +182,7 @@ class State {
     if (this.#snapshot !== undefined) {
       if (key === "config") this.#snapshot.config = value;
       if (lease !== undefined && this.#snapshot.records.size < 2 * LEASES_MAX) {
-        this.#snapshot.records.set(lease, { record: decodeLease(lease, value), revision });
+        this.#snapshot.records.set(lease, { record: decodeLease(lease, value), revision: Number(revision) });
       }
       return false;
     }
@@ -218,7 +218,7 @@ class State {
       if (!snapshot.records.has(key)) changed = this.#miss(key) || changed;
     }
     // In the order in which they were written, as events would have told of them.
-    const records = [...snapshot.records].sort(([, a], [, b]) => Number(a.revision - b.revision));
+    const records = [...snapshot.records].sort(([, a], [, b]) => a.revision - b.revision);
     for (const [key, { record }] of records) changed = this.#set(key, record) || changed;
     return changed;
   }
@@ -309,6 +309,7 @@ class State {
 
   /** Judges what a change to one record may have touched: itself, and all that it overlaps. */
   #judgeAround(key: string | undefined, record: Lease): boolean {
+    if (key !== undefined && this.#records.isAlone(key, record.subnet)) return this.#judge(key, record);
     let changed = false;
     for (const [otherKey, other] of this.#records.overlapping(record.subnet)) {
       if (otherKey !== key) changed = this.#judge(otherKey, other) || changed;
@@ -335,22 +336,23 @@ class State {
   #objection(key: string, lease: Lease): string | undefined {
     const { network } = this;
     const own = this.#own;
-    const text = formatCidr(lease.subnet);
+    const text = (): string => formatCidr(lease.subnet);
     if (own !== undefined && overlaps(own.subnet, lease.subnet)) {
       if (lease.subnet.length !== own.subnet.length)
-        return `${text} overlaps our own subnet ${formatCidr(own.subnet)}`;
+        return `${text()} overlaps our own subnet ${formatCidr(own.subnet)}`;
       if (lease.publicIp === own.publicIp) return "";
-      return `our own subnet ${text} is claimed by the node at ${formatIpv4(lease.publicIp)} as well`;
+      return `our own subnet ${text()} is claimed by the node at ${formatIpv4(lease.publicIp)} as well`;
     }
     if (own !== undefined && lease.publicIp === own.publicIp) {
       return (
-        `${text} names our own address ${formatIpv4(own.publicIp)}, but our subnet is ${formatCidr(own.subnet)}: ` +
+        `${text()} names our own address ${formatIpv4(own.publicIp)}, but our subnet is ${formatCidr(own.subnet)}: ` +
         "a lease of a former run, or another node has the same public address"
       );
     }
     if (network !== undefined && !covers(network.network, lease.subnet)) {
-      return `${text} is not in the network ${formatCidr(network.network)}`;
+      return `${text()} is not in the network ${formatCidr(network.network)}`;
     }
+    if (this.#records.isAlone(key, lease.subnet)) return undefined;
     let first: readonly [string, Lease] | undefined;
     for (const [otherKey, other] of this.#records.overlapping(lease.subnet)) {
       if (otherKey === key || !this.#precedes(otherKey, other, key, lease)) continue;
@@ -358,7 +360,7 @@ class State {
     }
     if (first === undefined) return undefined;
     const [otherKey, { publicIp }] = first;
-    return `${text} overlaps ${otherKey} of the node at ${formatIpv4(publicIp)}, which takes precedence`;
+    return `${text()} overlaps ${otherKey} of the node at ${formatIpv4(publicIp)}, which takes precedence`;
   }
 
   /** Of two that overlap: the one that is there, else the length the config asks for, else the smaller block, else the lesser key. */
@@ -373,6 +375,10 @@ class State {
   }
 }
 
+function listOf(keys: string | readonly string[]): readonly string[] {
+  return typeof keys === "string" ? [keys] : keys;
+}
+
 function covers(outer: Prefix, inner: Prefix): boolean {
   return inner.length >= outer.length && contains(outer, inner.address);
 }
@@ -383,7 +389,8 @@ function covers(outer: Prefix, inner: Prefix): boolean {
  */
 class Records {
   readonly #byKey = new Map<string, Lease>();
-  readonly #byLength = new Map<number, Map<Ipv4, string[]>>();
+  /** Hardly ever is there more than one key of a block (that of a dual-stack lease), so a list is made only then. */
+  readonly #byLength = new Map<number, Map<Ipv4, string | readonly string[]>>();
 
   get size(): number {
     return this.#byKey.size;
@@ -400,8 +407,9 @@ class Records {
   set(key: string, lease: Lease): void {
     if (!this.#byKey.has(key)) {
       const { address, length } = lease.subnet;
-      const blocks = this.#byLength.get(length) ?? new Map<Ipv4, string[]>();
-      this.#byLength.set(length, blocks.set(address, [...(blocks.get(address) ?? []), key]));
+      const blocks = this.#byLength.get(length) ?? new Map<Ipv4, string | readonly string[]>();
+      const others = blocks.get(address);
+      this.#byLength.set(length, blocks.set(address, others === undefined ? key : [...listOf(others), key]));
     }
     this.#byKey.set(key, lease);
   }
@@ -412,16 +420,22 @@ class Records {
     this.#byKey.delete(key);
     const { address, length } = lease.subnet;
     const blocks = this.#byLength.get(length);
-    const rest = blocks?.get(address)?.filter((other) => other !== key) ?? [];
-    if (rest.length > 0) blocks?.set(address, rest);
-    else blocks?.delete(address);
+    const rest = listOf(blocks?.get(address) ?? []).filter((other) => other !== key);
+    const [first] = rest;
+    if (first === undefined) blocks?.delete(address);
+    else blocks?.set(address, rest.length === 1 ? first : rest);
     if (blocks?.size === 0) this.#byLength.delete(length);
+  }
+
+  /** Whether no other record than that of a key overlaps its block, as far as that can be told at once. */
+  isAlone(key: string, { address, length }: Prefix): boolean {
+    return this.#byLength.size === 1 && this.#byLength.get(length)?.get(address) === key;
   }
 
   *overlapping(block: Prefix): Generator<[string, Lease]> {
     for (const [length, blocks] of this.#byLength) {
       for (const keys of this.#within(block, length, blocks)) {
-        for (const key of keys) {
+        for (const key of listOf(keys)) {
           const lease = this.#byKey.get(key);
           if (lease !== undefined) yield [key, lease];
         }
@@ -429,7 +443,11 @@ class Records {
     }
   }
 
-  *#within(block: Prefix, length: number, blocks: Map<Ipv4, string[]>): Generator<string[]> {
+  *#within(
+    block: Prefix,
+    length: number,
+    blocks: ReadonlyMap<Ipv4, string | readonly string[]>,
+  ): Generator<string | readonly string[]> {
     const step = 2 ** (32 - length);
     const count = length <= block.length ? 1 : 2 ** (length - block.length);
     if (count <= blocks.size) {

@@ -259,67 +259,69 @@ export interface HostTables {
   readonly fdb: readonly FdbEntry[];
 }
 
-const addressKey = (row: Address): string => `${row.index} ${row.address}/${row.prefixLength}`;
+// Keys of rows on one interface. There may be one of each for every peer, so what the row has already serves as far as it does.
+const addressKey = (row: Address): string => `${row.address}/${row.prefixLength}`;
 const routeKey = (row: Route): string =>
   `${row.table} ${row.destination.address}/${row.destination.length} ${row.metric} ${row.tos}`;
-const neighbourKey = (row: Neighbour): string => `${row.index} ${row.address}`;
-const fdbKey = (row: FdbEntry): string => `${row.index} ${row.mac} ${row.masterIndex ?? 0} ${row.vlan ?? 0}`;
+const neighbourKey = (row: Neighbour): number => row.address;
+const fdbKey = ({ mac, masterIndex, vlan }: FdbEntry): string =>
+  masterIndex === undefined && vlan === undefined ? mac : `${mac} ${masterIndex ?? 0} ${vlan ?? 0}`;
 
-/** Rows by key, and by the interface they are on, so that what concerns one interface costs what is on it. */
+/** Rows by the interface they are on, so that what concerns one interface costs what is on it. */
 class Rows<Row> {
-  private readonly byKey = new Map<string, Row>();
-  private readonly byIndex = new Map<number, Set<string>>();
-  private readonly keyOf: (row: Row) => string;
+  private readonly byIndex = new Map<number | undefined, Map<string | number, Row>>();
+  private readonly keyOf: (row: Row) => string | number;
   private readonly indexOf: (row: Row) => number | undefined;
+  private readonly isUnique: boolean;
 
-  constructor(keyOf: (row: Row) => string, indexOf: (row: Row) => number | undefined) {
+  /** `unique`: there is one row of a key, and it may move from interface to interface. */
+  constructor(
+    keyOf: (row: Row) => string | number,
+    indexOf: (row: Row) => number | undefined,
+    { unique = false } = {},
+  ) {
     this.keyOf = keyOf;
     this.indexOf = indexOf;
+    this.isUnique = unique;
   }
 
-  values(): IterableIterator<Row> {
-    return this.byKey.values();
+  *values(): Generator<Row> {
+    for (const rows of this.byIndex.values()) yield* rows.values();
   }
 
   /** The rows on one interface. */
-  *of(index: number): Generator<Row> {
-    for (const key of this.byIndex.get(index) ?? []) {
-      const row = this.byKey.get(key);
-      if (row !== undefined) yield row;
-    }
+  of(index: number): Iterable<Row> {
+    return this.byIndex.get(index)?.values() ?? [];
   }
 
   set(row: Row): void {
     const key = this.keyOf(row);
-    this.forget(key);
-    this.byKey.set(key, row);
     const index = this.indexOf(row);
-    if (index === undefined) return;
-    const keys = this.byIndex.get(index);
-    if (keys === undefined) this.byIndex.set(index, new Set([key]));
-    else keys.add(key);
+    if (this.isUnique && this.byIndex.get(index)?.has(key) !== true) this.deleteKey(key);
+    const rows = this.byIndex.get(index) ?? new Map<string | number, Row>();
+    this.byIndex.set(index, rows.set(key, row));
   }
 
   delete(row: Row): void {
     const key = this.keyOf(row);
-    this.forget(key);
-    this.byKey.delete(key);
+    if (this.isUnique) this.deleteKey(key);
+    else this.deleteFrom(this.indexOf(row), key);
   }
 
   replace(rows: readonly Row[]): void {
-    this.byKey.clear();
     this.byIndex.clear();
     for (const row of rows) this.set(row);
   }
 
-  /** Takes a key off the interface it was on. */
-  private forget(key: string): void {
-    const before = this.byKey.get(key);
-    const index = before === undefined ? undefined : this.indexOf(before);
-    if (index === undefined) return;
-    const keys = this.byIndex.get(index);
-    keys?.delete(key);
-    if (keys?.size === 0) this.byIndex.delete(index);
+  private deleteKey(key: string | number): void {
+    for (const index of this.byIndex.keys()) if (this.deleteFrom(index, key)) return;
+  }
+
+  private deleteFrom(index: number | undefined, key: string | number): boolean {
+    const rows = this.byIndex.get(index);
+    const isGone = rows?.delete(key) === true;
+    if (rows?.size === 0) this.byIndex.delete(index);
+    return isGone;
   }
 }
 
@@ -327,11 +329,11 @@ class Rows<Row> {
 export class Host {
   readonly links = new Map<number, Link>();
   readonly addresses = new Rows<Address>(addressKey, (row) => row.index);
-  readonly routes = new Rows<Route>(routeKey, (row) => row.outIndex);
+  readonly routes = new Rows<Route>(routeKey, (row) => row.outIndex, { unique: true });
   readonly neighbours = new Rows<Neighbour>(neighbourKey, (row) => row.index);
   readonly fdb = new Rows<FdbEntry>(fdbKey, (row) => row.index);
   /** The routes of length 0, of any table. */
-  readonly defaultRoutes = new Rows<Route>(routeKey, (row) => row.outIndex);
+  readonly defaultRoutes = new Rows<Route>(routeKey, (row) => row.outIndex, { unique: true });
 
   /** Takes a full dump for the truth. */
   replace(tables: HostTables): void {

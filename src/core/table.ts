@@ -25,10 +25,10 @@ export class Table<Row> {
   private readonly owners = new Map<string, string>();
   /** Rows of earlier owners of a key, oldest first. */
   private readonly others = new Map<string, Map<string, Row>>();
-  private readonly actual = new Map<string, Row>();
-  /** What `actual` was last taken from whole, as long as it is still that. */
-  private seen: ReadonlyMap<string, Row> | undefined;
-  private readonly pending = new Set<string>();
+  /** What is in the table, or that nothing is, where that is not what is wanted: the rest need not be kept twice. */
+  private readonly pending = new Map<string, Row | undefined>();
+  /** How many rows are in the table. */
+  private count = 0;
   /** Why differences could not be applied. */
   private readonly reasons = new Map<string, string>();
   /** Of those, the ones to pass over for now. */
@@ -48,7 +48,7 @@ export class Table<Row> {
 
   /** Rows that are in the table. */
   get present(): number {
-    return this.actual.size;
+    return this.count;
   }
 
   /** Rows that differ. */
@@ -89,31 +89,24 @@ export class Table<Row> {
 
   /** The row is in the table, or with `undefined` it is not. Returns whether it differs now and did not before. */
   observe(key: string, row: Row | undefined): boolean {
-    const before = this.actual.get(key);
+    const before = this.actualRow(key);
     const isNews = row === undefined ? before !== undefined : before === undefined || !this.same(before, row);
     if (!isNews) return false;
-    this.seen = undefined;
-    if (row === undefined) this.actual.delete(key);
-    else this.actual.set(key, row);
-    return this.compare(key);
+    this.count += (row === undefined ? 0 : 1) - (before === undefined ? 0 : 1);
+    return this.compare(key, row);
   }
 
-  /**
-   * Exactly these rows are in the table. Returns how many differ now that did not before. The rows must not be changed
-   * afterwards; given the very same again, with nothing seen in between, there is nothing to do.
-   */
+  /** Exactly these rows are in the table. Returns how many differ now that did not before. */
   observeAll(rows: ReadonlyMap<string, Row>): number {
-    if (rows === this.seen) return 0;
     let drifted = 0;
-    for (const key of [...this.actual.keys()])
-      if (!rows.has(key) && this.observe(key, undefined)) drifted += 1;
+    for (const keys of [this.wanted.keys(), [...this.pending.keys()]])
+      for (const key of keys) if (!rows.has(key) && this.observe(key, undefined)) drifted += 1;
     for (const [key, row] of rows) if (this.observe(key, row)) drifted += 1;
-    this.seen = rows;
     return drifted;
   }
 
   actualRow(key: string): Row | undefined {
-    return this.actual.get(key);
+    return this.pending.has(key) ? this.pending.get(key) : this.wanted.get(key);
   }
 
   /** Whether what is in the table under a key is what we want there. */
@@ -123,8 +116,8 @@ export class Table<Row> {
 
   /** Every difference that is to be applied now, in the order in which it arose. */
   *differences(): Generator<Difference<Row>> {
-    for (const key of this.pending) {
-      if (!this.held.has(key)) yield { key, want: this.wanted.get(key), have: this.actual.get(key) };
+    for (const [key, have] of this.pending) {
+      if (!this.held.has(key)) yield { key, want: this.wanted.get(key), have };
     }
   }
 
@@ -151,16 +144,16 @@ export class Table<Row> {
     if (owner === "") this.owners.delete(key);
     else this.owners.set(key, owner);
     const before = this.wanted.get(key);
+    const have = this.actualRow(key);
     if (row === undefined) this.wanted.delete(key);
     else this.wanted.set(key, row);
     const isNews = before === undefined ? row !== undefined : row === undefined || !this.same(before, row);
-    if (isNews) this.compare(key);
+    if (isNews) this.compare(key, have);
   }
 
-  /** Something about a row changed. Returns whether it differs now and did not before. */
-  private compare(key: string): boolean {
+  /** Something about a row changed, of which `have` is in the table. Returns whether it differs now and did not before. */
+  private compare(key: string, have: Row | undefined): boolean {
     const want = this.wanted.get(key);
-    const have = this.actual.get(key);
     this.held.delete(key);
     if (want === undefined ? have === undefined : have !== undefined && this.same(want, have)) {
       this.pending.delete(key);
@@ -168,7 +161,7 @@ export class Table<Row> {
       return false;
     }
     const isNew = !this.pending.has(key);
-    this.pending.add(key);
+    this.pending.set(key, have);
     return isNew;
   }
 }

@@ -70,7 +70,8 @@ export interface World {
   readonly dataplane: {
     load(config: ProgramConfig): void;
     activate(ifindexes: Iterable<number>): void;
-    rows<Name extends keyof MapRows>(name: Name): ReadonlyMap<string, MapRows[Name]>;
+    /** All rows by key; undefined if they are as this said last, and none was put or removed since. */
+    rows<Name extends keyof MapRows>(name: Name): ReadonlyMap<string, MapRows[Name]> | undefined;
     put<Name extends keyof MapRows>(name: Name, rows: readonly MapRows[Name][]): void;
     remove<Name extends keyof MapRows>(name: Name, rows: readonly MapRows[Name][]): void;
     attachments(ifindexes: Iterable<number>): Map<string, AttachmentRow>;

@@ -363,11 +363,8 @@ export class Dataplane {
   #former: BpfMap | undefined;
   /** The programs loaded last are those that run. */
   #active = false;
-  /** What each map held when it was read last; decoding thousands of rows that have not changed costs more than they. */
-  readonly #read = new Map<
-    MapName,
-    { readonly id: number; readonly image: Buffer; readonly rows: ReadonlyMap<string, unknown> }
-  >();
+  /** What each map held when it was read last, unless rows were written since: decoding thousands costs more than they. */
+  readonly #read = new Map<MapName, { readonly id: number; readonly image: Buffer }>();
 
   private constructor(mode: AttachMode, options: DataplaneOptions) {
     this.mode = mode;
@@ -555,28 +552,32 @@ export class Dataplane {
     }
   }
 
-  /** The rows of a map, by key: the very same answer as the last time if the map has not changed since. */
-  rows<Name extends MapName>(name: Name): ReadonlyMap<string, MapRows[Name]> {
+  /** The rows of a map, by key; undefined if they are as they were read last, and none was written from here since. */
+  rows<Name extends MapName>(name: Name): ReadonlyMap<string, MapRows[Name]> | undefined {
     const map = this.#map(name);
-    // Read before the rows: what changes in between is seen the next time.
-    const image = Buffer.concat([...map.blocks()].flatMap(({ keys, values }) => [keys, values]));
+    const blocks = [...map.blocks()];
+    const image = Buffer.concat(blocks.flatMap(({ keys, values }) => [keys, values]));
     const last = this.#read.get(name);
-    if (last?.id === map.id && last.image.equals(image)) {
-      return last.rows as ReadonlyMap<string, MapRows[Name]>;
-    }
+    if (last?.id === map.id && last.image.equals(image)) return undefined;
     const rows = new Map<string, MapRows[Name]>();
     const rowCodec = CODECS[name];
-    for (const [key, value] of map.entries()) {
-      const row = rowCodec.decode(key, value);
-      rows.set(rowCodec.key(row), row);
+    for (const { keys, values, count } of blocks) {
+      for (let i = 0; i < count; i++) {
+        const row = rowCodec.decode(
+          keys.subarray(i * map.keySize, (i + 1) * map.keySize),
+          values.subarray(i * map.valueSize, (i + 1) * map.valueSize),
+        );
+        rows.set(rowCodec.key(row), row);
+      }
     }
-    this.#read.set(name, { id: map.id, image, rows });
+    this.#read.set(name, { id: map.id, image });
     return rows;
   }
 
   /** Writes rows, all or none of them known to be there: a failure throws LibbpfError and the caller reads back. */
   put<Name extends MapName>(name: Name, rows: readonly MapRows[Name][]): void {
     const rowCodec = CODECS[name];
+    this.#read.delete(name);
     this.#map(name).updateBatch(rows.map((row) => rowCodec.encode(row)));
   }
 
@@ -584,6 +585,7 @@ export class Dataplane {
   remove<Name extends MapName>(name: Name, rows: readonly MapRows[Name][]): void {
     const rowCodec = CODECS[name];
     const keys = rows.map((row) => rowCodec.encode(row)[0]);
+    this.#read.delete(name);
     this.#map(name).deleteBatch(keys);
     if (name !== "peers4" || !this.#countsPeers) return;
     // Of a peer that is gone nothing is told any more. One by one, as most may never have been spoken to.

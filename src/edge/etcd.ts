@@ -13,21 +13,19 @@
 import { isUtf8 } from "node:buffer";
 import { createHash, createPrivateKey, X509Certificate } from "node:crypto";
 import { readFileSync } from "node:fs";
+import { createRequire } from "node:module";
 import { posix } from "node:path";
 import { performance } from "node:perf_hooks";
 import { rootCertificates } from "node:tls";
-import { InterceptingCall, type Interceptor, ListenerBuilder, status } from "@grpc/grpc-js";
-import { noop } from "cockatiel";
-import {
-  Etcd3,
-  type ICompare,
-  type IKeyValue,
-  type IOptions,
-  type IRequestOp,
-  type IWatchRequest,
-  type IWatchResponse,
-} from "etcd3";
+import type { Interceptor } from "@grpc/grpc-js";
+import type { Etcd3, ICompare, IKeyValue, IOptions, IRequestOp, IWatchRequest, IWatchResponse } from "etcd3";
 import type { StoreEvent } from "../core/model.ts";
+
+// Imported, Node would read each file of these packages twice, the first time for the names that it exports.
+const require = createRequire(import.meta.url);
+const grpc = require("@grpc/grpc-js") as typeof import("@grpc/grpc-js");
+const { noop } = require("cockatiel") as typeof import("cockatiel");
+const etcd3 = require("etcd3") as typeof import("etcd3");
 
 /**
  * What went wrong, for a program: `config` the endpoints or the prefix; `credentials` a certificate, ours or
@@ -87,6 +85,8 @@ export interface StoreOptions {
   readonly onState?: (state: StoreState) => void;
   /** Period in milliseconds at which the files are looked at for a change; default 10 000. */
   readonly credentialCheckMs?: number;
+  /** Shares no connection with other stores of this process. */
+  readonly ownConnection?: boolean;
 }
 
 /** One key of the store. */
@@ -157,6 +157,8 @@ const PAGE_KEYS = 1_000;
 const MESSAGE_BYTES = 16 << 20;
 /** Some 300 000 leases. Beyond it the prefix is not a network's, and reading on would exhaust the node. */
 const LIST_BYTES = 64 << 20;
+/** Records that are handed on in one go; then other work of the event loop has its turn. */
+const RECORDS_PER_TURN = 200;
 /** Messages of the watch that wait for the consumer before we stop reading from the socket. */
 const FEED_MESSAGES = 64;
 const SYSTEM_CA_FILE = "/etc/ssl/certs/ca-certificates.crt";
@@ -421,9 +423,15 @@ class EtcdStore implements Store {
       }
       feed.check();
       this.#report({ connected: true, endpoint });
+      let handed = 0;
+      const turn = async (): Promise<void> => {
+        handed += 1;
+        if (handed % RECORDS_PER_TURN === 0) await new Promise((resolve) => setImmediate(resolve));
+      };
       yield { kind: "reset" };
       for (const record of snapshot.records) {
         if (concernsUs(record.key)) yield { kind: "put", ...record };
+        await turn();
       }
       yield { kind: "synced", revision: snapshot.revision };
 
@@ -444,6 +452,7 @@ class EtcdStore implements Store {
           if (record === undefined || !concernsUs(record.key)) continue;
           if (type === "Delete") yield { kind: "delete", key: record.key, revision };
           else yield { kind: "put", ...record };
+          await turn();
         }
       }
     } finally {
@@ -749,29 +758,29 @@ async function dial(
 ): Promise<Client> {
   let token: string | undefined;
   const interceptor: Interceptor = (call, nextCall) =>
-    new InterceptingCall(nextCall(call), {
+    new grpc.InterceptingCall(nextCall(call), {
       start(metadata, _listener, next) {
         if (token !== undefined) metadata.set("token", token);
         // A member that was cut off from the others ends the watch then, in place of staying silent.
         if (call.method_definition.responseStream) metadata.set("hasleader", "true");
-        const listener = new ListenerBuilder().withOnReceiveStatus((result, forward) => {
+        const listener = new grpc.ListenerBuilder().withOnReceiveStatus((result, forward) => {
           // Reworded, as the package repeats a call for ever when it reads etcd's own words.
           const stale = result.details.includes("invalid auth token");
-          forward(stale ? { ...result, code: status.UNAUTHENTICATED, details: STALE_TOKEN } : result);
+          forward(stale ? { ...result, code: grpc.status.UNAUTHENTICATED, details: STALE_TOKEN } : result);
         });
         next(metadata, listener.build());
       },
     });
   const settings: IOptions = {
     hosts: endpoint,
-    grpcOptions: CHANNEL,
+    grpcOptions: options.ownConnection ? { ...CHANNEL, "grpc.use_local_subchannel_pool": 1 } : CHANNEL,
     defaultCallOptions: (context) => ({
       interceptors: [interceptor],
       ...(context.isStream ? {} : { deadline: Date.now() + ANSWER_MS }),
     }),
     faultHandling: { global: noop, host: () => noop },
   };
-  const etcd = new Etcd3(credentials ? { ...settings, credentials } : settings);
+  const etcd = new etcd3.Etcd3(credentials ? { ...settings, credentials } : settings);
   const client: Client = { etcd, close: () => etcd.close() };
   const { username, password } = options;
   if (!username) return client;

@@ -216,7 +216,7 @@ const EVENT_RECEIVE_BUFFER = 32 * 1024 * 1024;
 const ANSWER_TIMEOUT_SECONDS = 10;
 const DUMP_ATTEMPTS = 10;
 /** Datagrams read before other work of the event loop gets its turn. */
-const EVENTS_PER_TURN = 4096;
+const EVENTS_PER_TURN = 512;
 
 const libc = openLibrary("libc.so.6");
 const call = {
