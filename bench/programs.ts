@@ -3,14 +3,14 @@
  *
  * Each is run by BPF_PROG_TEST_RUN on one packet, again and again, in turns with a program that does nothing, whose time
  * is taken off: the clock and the kernel's way in and out are part of both. A run changes the packet, so that each gets a
- * fresh one, and the figure is the median of single runs. Caches are warm, branches are learnt: compare it with itself.
+ * fresh one, and a round's figure is the median of its single runs. Caches are warm, branches are learnt: compare it with itself.
  *
- *   node dist/bench/programs.js [--runs N] [--out PREFIX]
+ *   node dist/bench/programs.js [--runs N] [--out PREFIX]      N runs in all, in five rounds
  */
 import { execFileSync } from "node:child_process";
-import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
-import { dirname, join } from "node:path";
+import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { compile } from "../loader/compile.ts";
 import { openObject } from "../loader/object.ts";
@@ -31,7 +31,8 @@ import {
   VTEP_MAC,
 } from "../test/bpf/programs.ts";
 import { repository } from "../test/lab.ts";
-import { describeMachine, median } from "./figures.ts";
+import { median, type Report, resultOf, tables } from "./figures.ts";
+import { describeMachine, publish } from "./machine.ts";
 
 interface Case {
   readonly name: string;
@@ -44,6 +45,8 @@ interface Case {
 
 const REDIRECT = 7;
 const WARM_UP = 500;
+/** Runs are summed up in so many rounds, of which the spread is told. */
+const ROUNDS = 5;
 const body: Packet4["body"] = { udp: [1000, 2000], data: new Uint8Array(64) };
 
 const sent = (destination: string): Buffer =>
@@ -142,7 +145,7 @@ async function main(): Promise<void> {
     },
   });
   const runs = Number(options.runs);
-  if (!(runs >= 1)) throw new Error(`nothing to measure: ${options.runs} runs`);
+  if (!(runs >= ROUNDS)) throw new Error(`${options.runs} runs are too few: give at least ${ROUNDS}`);
   const node = Node.load({}, "shipped");
   const outside = new Outside({ fast_path: "FAST_PATH_ALWAYS" }, 1024, "shipped");
   const empty = loadEmpty();
@@ -168,25 +171,38 @@ async function main(): Promise<void> {
         }
       }
     }
-    const results = measured.map(({ name, program, times, bare }) => ({
-      name,
-      ns: median(times) - median(bare),
-      emptyNs: median(bare),
-      instructions: programInfo(program).instructions,
-    }));
-    const report = { environment: await describeMachine(), runs, results };
-    const rows = results.map(
-      ({ name, ns, instructions }) => `| ${name} | ${ns.toFixed(0)} | ${instructions} |\n`,
-    );
-    const [first] = results;
-    const facts = Object.entries(report.environment).map(([name, value]) => `- ${name}: ${value}\n`);
-    const markdown =
-      `Median of ${runs} single runs, less that of an empty program (${first?.emptyNs.toFixed(0)} ns):\n\n` +
-      `| program and packet | ns a packet | instructions of the program |\n|---|---|---|\n${rows.join("")}\n${facts.join("")}`;
-    mkdirSync(dirname(options.out), { recursive: true });
-    writeFileSync(`${options.out}.md`, markdown);
-    writeFileSync(`${options.out}.json`, `${JSON.stringify(report, undefined, 2)}\n`);
-    process.stdout.write(`${markdown}\nwritten to ${options.out}.md and ${options.out}.json\n`);
+    const each = Math.floor(runs / ROUNDS);
+    const rounds = Array.from({ length: ROUNDS }, (_, round) => round * each);
+    const report: Report = {
+      suite: "programs",
+      rounds: ROUNDS,
+      environment: {
+        ...(await describeMachine()),
+        load: `${runs} single runs in ${ROUNDS} rounds; taken off is the median of a program that does nothing, ${median(measured.flatMap(({ bare }) => bare)).toFixed(0)} ns`,
+      },
+      metrics: [
+        { key: "ns", title: "one packet, ns", digits: 0, better: "lower" },
+        {
+          key: "instructions",
+          title: "instructions of the program",
+          digits: 0,
+          better: "lower",
+          charted: false,
+        },
+      ],
+      results: measured.map(({ name, program, times, bare }) => {
+        const ns = rounds.map(
+          (from) => median(times.slice(from, from + each)) - median(bare.slice(from, from + each)),
+        );
+        const { instructions } = programInfo(program);
+        return resultOf({
+          row: name,
+          against: [],
+          values: { ns, instructions: rounds.map(() => instructions) },
+        });
+      }),
+    };
+    publish(options.out, tables(report), [report]);
   } finally {
     empty.close();
     outside.close();

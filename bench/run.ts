@@ -11,42 +11,26 @@
  *
  * QUICK=1 in the environment is for a first look: one round of short loads.
  */
-import { mkdirSync, writeFileSync } from "node:fs";
 import { cpus } from "node:os";
-import { dirname, join } from "node:path";
+import { join } from "node:path";
 import { setTimeout } from "node:timers/promises";
 import { parseArgs } from "node:util";
 import { createLab, type Lab, repository } from "../test/lab.ts";
-import { describeMachine, median, spread } from "./figures.ts";
+import { median, type Report, type Result, resultOf, tables } from "./figures.ts";
 import { forwarding } from "./forwarding.ts";
+import { describeMachine, publish } from "./machine.ts";
 import { masquerade } from "./masquerade.ts";
 import { monitor } from "./monitor.ts";
 import type { Path, Row, Suite } from "./suite.ts";
-import { checkPrograms, type Metric } from "./workloads.ts";
+import { checkPrograms } from "./workloads.ts";
 
 const suites: readonly Suite[] = [forwarding, masquerade, monitor];
-
-interface Result {
-  readonly row: string;
-  readonly against: readonly string[];
-  /** All rounds of each metric. */
-  readonly values: Record<string, number[]>;
-  /** What else there is to say of it. */
-  readonly note?: string;
-}
 
 /** What was asked of a run. */
 interface Order {
   readonly rounds: number;
   readonly seconds: number;
   readonly rows: RegExp;
-}
-
-interface Report {
-  readonly suite: string;
-  readonly environment: Record<string, string>;
-  readonly metrics: readonly Metric[];
-  readonly results: readonly Result[];
 }
 
 async function main(): Promise<void> {
@@ -86,10 +70,7 @@ async function main(): Promise<void> {
     if (report !== undefined) reports.push(report);
   }
   const markdown = reports.map((report) => `## ${report.suite}\n\n${tables(report)}`).join("\n");
-  mkdirSync(dirname(options.out), { recursive: true });
-  writeFileSync(`${options.out}.md`, markdown);
-  writeFileSync(`${options.out}.json`, `${JSON.stringify(reports, undefined, 2)}\n`);
-  process.stdout.write(`\n${markdown}\nwritten to ${options.out}.md and ${options.out}.json\n`);
+  publish(options.out, markdown, reports);
 }
 
 /** Sets the rows up, and measures them in turns; undefined if no row was asked for. */
@@ -139,10 +120,10 @@ async function measure(suite: Suite, { rounds, seconds, rows }: Order): Promise<
     for (const { row, path, values } of paths) {
       const note = await checked(row, path);
       const result = { row: row.name, against: row.against, values };
-      results.push(note === undefined ? result : { ...result, note });
+      results.push(resultOf(note === undefined ? result : { ...result, note }));
     }
     const environment = await describeEnvironment(suite, rounds, seconds, busy);
-    return { suite: suite.name, environment, metrics, results };
+    return { suite: suite.name, rounds, environment, metrics, results };
   } finally {
     for (const lab of labs) await lab.close();
   }
@@ -154,37 +135,6 @@ async function checked(row: Row, path: Path): Promise<string | undefined> {
   } catch (error) {
     throw new Error(`${row.name}: ${error instanceof Error ? error.message : error}`);
   }
-}
-
-/** The tables, in Markdown. */
-function tables({ metrics, results, environment }: Report): string {
-  const head = `| |${metrics.map((metric) => ` ${metric.title} |`).join("")}\n|---|${"---|".repeat(metrics.length)}\n`;
-  const figures = results.map(({ row, values }) => {
-    const cells = metrics.map((metric) => spread(values[metric.key] ?? [], metric.digits));
-    return `| ${row} |${cells.join("")}\n`;
-  });
-  const ratios = results.flatMap(({ row, against, values }) =>
-    results
-      .filter((result) => against.includes(result.row))
-      .map((base) => {
-        // Round by round, as both were measured seconds apart.
-        const cells = metrics.map(({ key }) => {
-          const each = (values[key] ?? []).map(
-            (value, round) => value / (base.values[key]?.[round] ?? Number.NaN),
-          );
-          return spread(each, 2);
-        });
-        return `| ${row} / ${base.row} |${cells.join("")}\n`;
-      }),
-  );
-  const notes = results.flatMap(({ row, note }) => (note === undefined ? [] : [`- ${row}: ${note}\n`]));
-  const facts = Object.entries(environment).map(([name, value]) => `- ${name}: ${value}\n`);
-  const lessIsBetter = metrics.filter(({ better }) => better === "lower").map(({ title }) => title);
-  const remark = lessIsBetter.length === 0 ? "" : ` (${lessIsBetter.join(", ")}: less is better)`;
-  const compared =
-    ratios.length === 0 ? "" : `\nRatios within a round, likewise${remark}:\n\n${head}${ratios.join("")}`;
-  const noted = notes.length === 0 ? "" : `\n${notes.join("")}`;
-  return `Median (minimum to maximum) of the rounds:\n\n${head}${figures.join("")}${compared}${noted}\n${facts.join("")}`;
 }
 
 /** Share of the processors' time that somebody used during some milliseconds, 0 to 1. */

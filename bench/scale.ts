@@ -10,13 +10,14 @@
  *
  *   node dist/bench/scale.js [--leases N,N,...] [--rounds N] [--idle SECONDS] [--out PREFIX]
  */
-import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
-import { dirname, join } from "node:path";
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
 import { setTimeout } from "node:timers/promises";
 import { parseArgs } from "node:util";
 import { createLab, type Host, repository } from "../test/lab.ts";
 import { spawnTwilld, type Twilld, twilldFlags } from "../test/twilld.ts";
-import { describeMachine, median, spread } from "./figures.ts";
+import { type Metric, median, percentile, type Report, resultOf, tables } from "./figures.ts";
+import { describeMachine, publish } from "./machine.ts";
 
 /** Leases begin here: subnets and addresses below are the host's own. */
 const FIRST = 256;
@@ -112,10 +113,46 @@ function processorMs(pid: number): number {
   return (Number(fields[11]) + Number(fields[12])) * 10;
 }
 
-function percentile(values: readonly number[], share: number): number {
-  const sorted = [...values].sort((a, b) => a - b);
-  return sorted[Math.min(sorted.length - 1, Math.floor(sorted.length * share))] ?? Number.NaN;
-}
+/** What is shown of a round. */
+const METRICS: readonly (Metric & { readonly of: (figures: Figures) => number })[] = [
+  { key: "start", title: "start, ms", digits: 0, better: "lower", of: ({ startMs }) => startMs },
+  {
+    key: "loopAtStart",
+    title: "loop held at start, ms",
+    digits: 0,
+    better: "lower",
+    of: ({ loopAtStartMs }) => loopAtStartMs,
+  },
+  {
+    key: "eventP50",
+    title: "event p50, ms",
+    digits: 1,
+    better: "lower",
+    of: ({ eventMs }) => median(eventMs),
+  },
+  {
+    key: "eventP99",
+    title: "event p99, ms",
+    digits: 1,
+    better: "lower",
+    of: ({ eventMs }) => percentile(eventMs, 0.99),
+  },
+  { key: "resident", title: "resident, MB", digits: 0, better: "lower", of: ({ residentMb }) => residentMb },
+  {
+    key: "idle",
+    title: "idle, % of a core",
+    digits: 2,
+    better: "lower",
+    of: ({ idlePercent }) => idlePercent,
+  },
+  {
+    key: "loopIdle",
+    title: "loop held while idle, ms",
+    digits: 0,
+    better: "lower",
+    of: ({ loopIdleMs }) => loopIdleMs,
+  },
+];
 
 async function main(): Promise<void> {
   const { values: options } = parseArgs({
@@ -138,27 +175,23 @@ async function main(): Promise<void> {
       );
     }
   }
-  const columns: [string, (figures: Figures) => number, number][] = [
-    ["start, ms", ({ startMs }) => startMs, 0],
-    ["loop held at start, ms", ({ loopAtStartMs }) => loopAtStartMs, 0],
-    ["event p50, ms", ({ eventMs }) => median(eventMs), 1],
-    ["event p99, ms", ({ eventMs }) => percentile(eventMs, 0.99), 1],
-    ["resident, MB", ({ residentMb }) => residentMb, 0],
-    ["idle, % of a core", ({ idlePercent }) => idlePercent, 2],
-    ["loop held while idle, ms", ({ loopIdleMs }) => loopIdleMs, 0],
-  ];
-  const lines = results.map(({ leases, rounds }) => {
-    const cells = columns.map(([, value, digits]) => spread(rounds.map(value), digits));
-    return `| ${leases} |${cells.join("")}\n`;
-  });
-  const machine = await describeMachine();
-  const facts = Object.entries(machine).map(([name, value]) => `- ${name}: ${value}\n`);
-  const head = `| leases |${columns.map(([title]) => ` ${title} |`).join("")}\n|---|${"---|".repeat(columns.length)}\n`;
-  const markdown = `Median (minimum to maximum) of ${options.rounds} rounds:\n\n${head}${lines.join("")}\n${facts.join("")}`;
-  mkdirSync(dirname(options.out), { recursive: true });
-  writeFileSync(`${options.out}.md`, markdown);
-  writeFileSync(`${options.out}.json`, `${JSON.stringify({ machine, results }, undefined, 2)}\n`);
-  process.stdout.write(`\n${markdown}\nwritten to ${options.out}.md and ${options.out}.json\n`);
+  const report: Report = {
+    suite: "scale",
+    rounds: Number(options.rounds),
+    environment: {
+      ...(await describeMachine()),
+      load: `one twilld, the leases of imaginary nodes; ${EVENTS} events, then ${options.idle} s without any`,
+    },
+    metrics: METRICS.map(({ of: _, ...metric }) => metric),
+    results: results.map(({ leases, rounds }) =>
+      resultOf({
+        row: `${leases.toLocaleString("en")} leases`,
+        against: [],
+        values: Object.fromEntries(METRICS.map(({ key, of }) => [key, rounds.map(of)])),
+      }),
+    ),
+  };
+  publish(options.out, tables(report), [report]);
 }
 
 await main().catch((error: unknown) => {

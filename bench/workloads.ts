@@ -8,14 +8,7 @@ import { existsSync } from "node:fs";
 import { join } from "node:path";
 import type { Namespace } from "../test/lab.ts";
 import { repository } from "../test/lab.ts";
-
-export interface Metric {
-  readonly key: string;
-  readonly title: string;
-  /** Digits after the point in tables. */
-  readonly digits: number;
-  readonly better: "higher" | "lower";
-}
+import type { Metric } from "./figures.ts";
 
 export interface Workload {
   readonly metrics: readonly Metric[];

@@ -1,0 +1,30 @@
+/** Where results are written, and on what machine they were measured. */
+import { createHash } from "node:crypto";
+import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { arch, cpus, release, totalmem } from "node:os";
+import { dirname, join } from "node:path";
+import { exec, repository } from "../test/process.ts";
+
+/** Writes `PREFIX.md` and `PREFIX.json`, and prints the former. */
+export function publish(prefix: string, markdown: string, json: unknown): void {
+  mkdirSync(dirname(prefix), { recursive: true });
+  writeFileSync(`${prefix}.md`, markdown);
+  writeFileSync(`${prefix}.json`, `${JSON.stringify(json, undefined, 2)}\n`);
+  process.stdout.write(`\n${markdown}\nwritten to ${prefix}.md and ${prefix}.json\n`);
+}
+
+/** What was measured, and where. */
+export async function describeMachine(): Promise<Record<"commit" | "object" | "kernel" | "machine", string>> {
+  const commit = await exec(["git", "-C", repository, "describe", "--always", "--dirty"], { check: false });
+  const object = join(repository, "dist/bpf/twill.bpf.o");
+  const [first] = cpus();
+  const memory = Math.round(totalmem() / 2 ** 30);
+  return {
+    commit: commit.stdout.trim() || "unknown: not a git checkout",
+    object: existsSync(object)
+      ? `sha256 ${createHash("sha256").update(readFileSync(object)).digest("hex")}`
+      : "not built",
+    kernel: `${release()} ${arch()}`,
+    machine: `${cpus().length} × ${first?.model.trim() ?? "unknown CPU"}, ${memory} GiB`,
+  };
+}
