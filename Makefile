@@ -23,7 +23,7 @@ TEST_PACKAGES := bpftool etcd-server etcd-client iproute2 iputils-ping ethtool t
 BPF_SOURCES := $(wildcard bpf/*.h bpf/*.bpf.c)
 TS_SOURCES := $(shell find loader src -name '*.ts' 2>/dev/null)
 
-.PHONY: help deps build gen lint test fault doctor-test soak demo demo-end bench bench-scale bench-scrape bench-programs bench-charts docs install clean
+.PHONY: help deps build gen lint test fault doctor-test soak demo demo-end bench bench-scale bench-scrape bench-programs bench-charts bench-fleet docs install clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -121,6 +121,9 @@ bench-scrape: deps build ## what a scrape of /metrics costs with 10,000 peers; r
 
 bench-programs: deps build ## nanoseconds and instructions of the programs for one packet; root
 	@bench/programs
+
+bench-fleet: deps build ## what NODES=1000 nodes cost etcd, for docs/scale.md, which PAGE=1 writes; root; 3 minutes
+	@bench/fleet --nodes $(or $(NODES),1000) $(if $(PAGE),--page)
 
 bench-charts: deps build ## docs/bench.md and its charts, from the JSON of a benchmark; FILE=dist/bench/result.json
 	@node_modules/.bin/tsc -p tsconfig.lab.json

@@ -85,8 +85,8 @@ export interface StoreOptions {
   readonly onState?: (state: StoreState) => void;
   /** Period in milliseconds at which the files are looked at for a change; default 10 000. */
   readonly credentialCheckMs?: number;
-  /** Shares no connection with other stores of this process. */
-  readonly ownConnection?: boolean;
+  /** Stores of this process that name another one here have a connection of their own; by default all share one. */
+  readonly connection?: string;
 }
 
 /** One key of the store. */
@@ -174,6 +174,9 @@ const CHANNEL = {
   "grpc.enable_retries": 0,
   "grpc.service_config_disable_resolution": 1,
 } as const;
+
+/** An option of channels that keeps those of different values apart. */
+const CONNECTION = "twill.connection";
 
 /**
  * Opens the store without connecting yet: `watch` and the calls do that and keep at it.
@@ -773,7 +776,9 @@ async function dial(
     });
   const settings: IOptions = {
     hosts: endpoint,
-    grpcOptions: options.ownConnection ? { ...CHANNEL, "grpc.use_local_subchannel_pool": 1 } : CHANNEL,
+    // Channels share a connection if all their options are alike, those that the package does not know included.
+    grpcOptions:
+      options.connection === undefined ? CHANNEL : { ...CHANNEL, [CONNECTION]: options.connection },
     defaultCallOptions: (context) => ({
       interceptors: [interceptor],
       ...(context.isStream ? {} : { deadline: Date.now() + ANSWER_MS }),

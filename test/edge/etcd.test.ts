@@ -280,6 +280,11 @@ class Wire {
     return `http://${HOST}:${typeof address === "object" && address ? address.port : 0}`;
   }
 
+  /** How many connections are open. */
+  get connections(): number {
+    return this.#pairs.size;
+  }
+
   /** Resolves when bytes with this text went to etcd; from then on no answer comes back until `cut`. */
   hold(marker: string): Promise<void> {
     this.#marker = marker;
@@ -1050,6 +1055,25 @@ describe("several endpoints", () => {
       await follower.until(({ keys }) => keys.has(`subnets/${i}`));
       expect(states.at(-1)).toMatchObject({ connected: true, endpoint: etcd.url });
     }
+  });
+});
+
+describe("connections", () => {
+  it("are shared by those stores of a process that name the same, or none", async () => {
+    const etcd = await Member.start();
+    const wire = await Wire.to(etcd);
+    const use = async (connection: string | undefined): Promise<number> => {
+      const { store } = await open([wire.url], connection === undefined ? {} : { connection });
+      await new Follower(store).until(synced(1));
+      await store.get("config");
+      await store.timeToLive("1");
+      return wire.connections;
+    };
+    expect(await use(undefined)).toBe(1);
+    expect(await use(undefined)).toBe(1);
+    expect(await use("a")).toBe(2);
+    expect(await use("a")).toBe(2);
+    expect(await use("b")).toBe(3);
   });
 });
 

@@ -1,0 +1,352 @@
+/**
+ * The nodes of a fleet, all in one process: `bench/fleet.ts` starts it and tells it what to do.
+ *
+ * Each has what a node has towards etcd, and it is the real thing: `src/edge/etcd.ts` with a watch of its own, the lease
+ * kept by `src/agent/lease.ts`, and what the store tells folded into a `Desired` of its own. There is no kernel. Where
+ * that would be too many leases for one memory (nodes times leases), only some nodes fold; the others take from the watch
+ * what their own lease needs.
+ */
+import { createHistogram } from "node:perf_hooks";
+import { setTimeout as sleep } from "node:timers/promises";
+import { LeaseKeeper } from "../src/agent/lease.ts";
+import { kindOf } from "../src/core/backends.ts";
+import { claim, type Desired, emptyDesired, fold, takeTouched } from "../src/core/desired.ts";
+import type { Prefix } from "../src/core/ipv4.ts";
+import type { Network, StoreEvent } from "../src/core/model.ts";
+import type { World } from "../src/core/world.ts";
+import { openStore, type Store } from "../src/edge/etcd.ts";
+import type { NodesOrder, NodesReading } from "./fleet.ts";
+
+/** Leases that all nodes together hold in memory; at some 600 bytes each. */
+const FOLDED_MAX = 2_000_000;
+/** The time before a lease's end at which it is renewed, as with twilld. */
+const MARGIN_MS = 3_600_000;
+/** The first node's address; in a network of its own, beside the pods'. */
+const FIRST_ADDRESS = 0xac100001;
+
+const PREFIX = "/coreos.com/network";
+const quiet = {
+  debug: () => undefined,
+  info: () => undefined,
+  warn: () => undefined,
+  error: () => undefined,
+};
+
+/** Milliseconds of the clock that all processes of the machine share. */
+const now = (): number => Number(process.hrtime.bigint()) / 1e6;
+
+/** When the write of each key was asked for last. */
+const asked = new Map<string, number>();
+/** Microseconds from asking for a write until it was in the desired state of another node. */
+const delays = createHistogram();
+let events = 0;
+let failures = 0;
+let interruptions = 0;
+let folding = 0;
+
+/** A clock that can be put forward, so that a day's renewals come when they are wanted. */
+class NodeClock {
+  #ahead = 0;
+  readonly #due = new Map<NodeJS.Timeout, { readonly at: number; readonly callback: () => void }>();
+
+  now(): number {
+    return now() + this.#ahead;
+  }
+
+  uptime(): number {
+    return this.now();
+  }
+
+  after(ms: number, callback: () => void): () => void {
+    const timer = setTimeout(() => {
+      this.#due.delete(timer);
+      callback();
+    }, Math.ceil(ms));
+    this.#due.set(timer, { at: this.now() + ms, callback });
+    return () => {
+      clearTimeout(timer);
+      this.#due.delete(timer);
+    };
+  }
+
+  skip(ms: number): void {
+    this.#ahead += ms;
+    for (const [timer, { at, callback }] of [...this.#due]) {
+      if (at > this.now()) continue;
+      clearTimeout(timer);
+      this.#due.delete(timer);
+      callback();
+    }
+  }
+}
+
+class FleetNode {
+  readonly #number: number;
+  readonly #folds: boolean;
+  readonly #connection: string;
+  readonly #endpoint: string;
+  readonly #clock = new NodeClock();
+  #macs = 0;
+  #network: Network | undefined;
+  #desired: Desired = emptyDesired();
+  #store: Store | undefined;
+  #keeper: LeaseKeeper | undefined;
+  #stopping = new AbortController();
+  #watching: Promise<void> = Promise.resolve();
+  #synced = false;
+  /** Revision up to which the watch has told. */
+  revision = 0n;
+  #isBooted: () => void = () => undefined;
+  #isWritten: () => void = () => undefined;
+  #isSynced: () => void = () => undefined;
+
+  constructor(number: number, folds: boolean, connection: string, endpoint: string) {
+    this.#number = number;
+    this.#folds = folds;
+    this.#connection = connection;
+    this.#endpoint = endpoint;
+  }
+
+  get #attributes() {
+    if (this.#network === undefined) throw new Error("there is no network config yet");
+    const publicIp = FIRST_ADDRESS + this.#number;
+    const bytes = [this.#macs, this.#number >> 16, this.#number >> 8, this.#number];
+    const mac = `02:54:${bytes.map((byte) => (byte & 255).toString(16).padStart(2, "0")).join(":")}`;
+    return kindOf(this.#network.backend).attributes({ publicIp, uplink: publicIp, mac });
+  }
+
+  /** As a twilld that starts; resolves when it has a subnet. */
+  async boot(previous?: Prefix): Promise<void> {
+    const booted = new Promise<void>((resolve) => {
+      this.#isBooted = resolve;
+    });
+    this.#stopping = new AbortController();
+    this.#desired = emptyDesired();
+    this.#synced = false;
+    const store = await openStore({
+      endpoints: [this.#endpoint],
+      prefix: PREFIX,
+      log: quiet,
+      connection: this.#connection,
+      onState: ({ connected }) => {
+        if (!connected) interruptions += 1;
+      },
+    });
+    this.#store = store;
+    this.#keeper = new LeaseKeeper({ previous, renewMarginMs: MARGIN_MS }, this.#world(store), () =>
+      this.#use(),
+    );
+    this.#watching = this.#watch(store, this.#stopping.signal);
+    await booted;
+  }
+
+  /** Ends it and starts it again, with the subnet that its subnet.env names. */
+  async restart(): Promise<void> {
+    const previous = this.#keeper?.subnet;
+    this.#keeper?.stop();
+    this.#stopping.abort();
+    await this.#watching;
+    this.#store?.close();
+    await this.boot(previous);
+  }
+
+  /** Has the watch begin anew, from a snapshot; resolves when that is read. */
+  async reread(): Promise<void> {
+    const synced = new Promise<void>((resolve) => {
+      this.#isSynced = resolve;
+    });
+    this.#store?.reconnect();
+    await synced;
+  }
+
+  /** Publishes another MAC, as a node does whose tunnel device was made anew; resolves when that is written. */
+  async change(): Promise<void> {
+    const written = this.#write();
+    this.#macs += 1;
+    if (this.#network !== undefined) this.#keeper?.keep(this.#network, this.#attributes);
+    await written;
+  }
+
+  /** Lets the time pass until the lease is due; resolves when it is renewed. */
+  async renew(): Promise<void> {
+    const written = this.#write();
+    this.#clock.skip(Math.max(0, (this.#keeper?.endsInMs ?? 0) - MARGIN_MS) + 1000);
+    await written;
+  }
+
+  #write(): Promise<void> {
+    return new Promise((resolve) => {
+      this.#isWritten = resolve;
+    });
+  }
+
+  async #watch(store: Store, signal: AbortSignal): Promise<void> {
+    for await (const event of store.watch(signal)) this.#take(event);
+  }
+
+  #take(event: StoreEvent): void {
+    if (this.#folds || event.kind === "synced" || ("key" in event && event.key === "config")) {
+      this.#desired = fold(this.#desired, event);
+      takeTouched(this.#desired);
+    }
+    if (event.kind !== "reset" && event.revision > this.revision) this.revision = event.revision;
+    if (this.#synced && event.kind === "put") {
+      events += 1;
+      const at = this.#folds ? asked.get(event.key) : undefined;
+      if (at !== undefined) delays.record(Math.max(1, Math.round((now() - at) * 1000)));
+    }
+    this.#keeper?.onStore(event);
+    if (event.kind === "reset") this.#synced = false;
+    if (event.kind !== "synced") return;
+    this.#synced = true;
+    this.#network = this.#desired.network;
+    if (this.#network !== undefined) this.#keeper?.keep(this.#network, this.#attributes);
+    this.#isSynced();
+  }
+
+  #use(): void {
+    const subnet = this.#keeper?.subnet;
+    if (subnet === undefined) return;
+    this.#desired = claim(this.#desired, { subnet, publicIp: FIRST_ADDRESS + this.#number });
+    this.#isBooted();
+  }
+
+  #world(store: Store): Pick<World, "store" | "clock" | "log" | "random" | "observer"> {
+    return {
+      store: {
+        ...forwarding(store),
+        create: (key, ...rest) => {
+          asked.set(key, now());
+          return store.create(key, ...rest);
+        },
+        renew: async (key, ...rest) => {
+          asked.set(key, now());
+          const answer = await store.renew(key, ...rest);
+          if (answer.renewed) this.#isWritten();
+          return answer;
+        },
+      },
+      clock: this.#clock,
+      log: quiet,
+      random: Math.random,
+      observer: {
+        reconciled: () => undefined,
+        repaired: () => undefined,
+        failed: () => undefined,
+        changed: () => undefined,
+        ready: () => undefined,
+        lease: (what) => {
+          if (what !== "acquired" && what !== "renewed") failures += 1;
+        },
+      },
+    };
+  }
+}
+
+/** The calls of a store that need no look at them. */
+function forwarding(store: Store): Pick<World["store"], "list" | "remove" | "timeToLive" | "reconnect"> {
+  return {
+    list: (prefix) => store.list(prefix),
+    remove: (key, expectRevision) => store.remove(key, expectRevision),
+    timeToLive: (leaseId) => store.timeToLive(leaseId),
+    reconnect: () => store.reconnect(),
+  };
+}
+
+const nodes: FleetNode[] = [];
+
+/** Does it to these nodes, `atOnce` at a time. */
+async function each(
+  some: readonly FleetNode[],
+  atOnce: number,
+  what: (node: FleetNode) => Promise<void>,
+): Promise<void> {
+  let next = 0;
+  const worker = async (): Promise<void> => {
+    for (let node = some[next++]; node !== undefined; node = some[next++]) await what(node);
+  };
+  await Promise.all(Array.from({ length: atOnce }, worker));
+}
+
+/** Does it to these nodes, spread evenly over so many seconds. */
+async function spread(
+  some: readonly FleetNode[],
+  seconds: number,
+  what: (node: FleetNode) => Promise<void>,
+): Promise<void> {
+  const began = now();
+  const done: Promise<void>[] = [];
+  for (const [index, node] of some.entries()) {
+    await sleep(Math.max(0, began + (index * seconds * 1000) / some.length - now()));
+    done.push(what(node));
+  }
+  await sleep(Math.max(0, began + seconds * 1000 - now()));
+  await Promise.all(done);
+}
+
+/** Waits until the watch of each node has told of this revision. */
+async function caughtUp(revision: bigint): Promise<void> {
+  while (nodes.some((node) => node.revision < revision)) await sleep(20);
+}
+
+async function obey(order: NodesOrder): Promise<NodesReading | undefined> {
+  const some = (count: number): FleetNode[] => {
+    const step = Math.max(1, Math.floor(nodes.length / count));
+    return nodes.filter((_, index) => index % step === 0).slice(0, count);
+  };
+  switch (order.do) {
+    case "boot": {
+      const { count, connections, endpoint, atOnce } = order;
+      folding = Math.min(count, Math.floor(FOLDED_MAX / count));
+      for (let n = 0; n < count; n++) {
+        const folds = Math.floor((n * folding) / count) !== Math.floor(((n + 1) * folding) / count);
+        nodes.push(new FleetNode(n, folds, `${n % connections}`, endpoint));
+      }
+      await each(nodes, atOnce, (node) => node.boot());
+      return undefined;
+    }
+    case "restart":
+      await each(some(order.count), order.atOnce, (node) => node.restart());
+      return undefined;
+    case "reread":
+      await each(some(order.count), order.atOnce, (node) => node.reread());
+      return undefined;
+    case "change":
+      await spread(some(order.count), order.seconds, (node) => node.change());
+      return undefined;
+    case "renew":
+      await spread(some(order.count), order.seconds, (node) => node.renew());
+      return undefined;
+    case "catch up":
+      await caughtUp(BigInt(order.revision));
+      return undefined;
+    case "read": {
+      const { user, system } = process.cpuUsage();
+      const reading: NodesReading = {
+        processorSeconds: (user + system) / 1e6,
+        events,
+        failures,
+        interruptions,
+        folding,
+        delayMs: {
+          p50: delays.percentile(50) / 1000,
+          p99: delays.percentile(99) / 1000,
+          count: delays.count,
+        },
+        asked: [...asked],
+      };
+      delays.reset();
+      asked.clear();
+      return reading;
+    }
+  }
+}
+
+process.on("message", (order: NodesOrder) => {
+  obey(order).then(
+    (answer) => process.send?.({ answer: answer ?? {} }),
+    (error: unknown) => process.send?.({ error: error instanceof Error ? error.message : String(error) }),
+  );
+});
+// Who started us is gone.
+process.on("disconnect", () => process.exit(1));

@@ -1,0 +1,330 @@
+/**
+ * `make bench-fleet`: what a cluster costs its etcd, and each agent. A real etcd of one member; the nodes are simulated, all
+ * in one process (`bench/fleet-nodes.ts`), and one whole agent with a kernel in memory has a process of its own
+ * (`bench/fleet-agent.ts`).
+ *
+ *   boot      all nodes start, so many at a time; each reads a snapshot, takes a subnet, and hears of those after it
+ *   idle      nothing happens
+ *   renewals  some nodes renew their leases, as each does once in 23 hours: all nodes are told, and nothing changes
+ *   changes   1 % of the nodes in a minute get another MAC
+ *   burst     a tenth of the nodes do so in some seconds
+ *   rereads   some nodes lose the connection, and read everything again
+ *   restarts  some nodes end and start again, with their subnet
+ *
+ * etcd's processor time and memory are from /proc, its requests and bytes from its own /metrics. Nodes have connections of
+ * their own, up to `--connections`; more nodes share these. bench/fleet runs it, in namespaces of its own:
+ *
+ *   bench/fleet [--nodes N] [--connections N] [--at-once N] [--page] [--out PREFIX]
+ *
+ * With --page, what it measured goes to docs/scale.md, where that has a place for so many nodes.
+ */
+import { type ChildProcess, fork, spawn } from "node:child_process";
+import { once } from "node:events";
+import { readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { createInterface } from "node:readline";
+import { setTimeout as sleep } from "node:timers/promises";
+import { parseArgs } from "node:util";
+import { openStore, type Store } from "../src/edge/etcd.ts";
+import { repository } from "../test/process.ts";
+import { filled } from "./chart.ts";
+import { percentile } from "./figures.ts";
+import { describeMachine, publish } from "./machine.ts";
+import {
+  costTable,
+  type Delay,
+  type FleetReport,
+  fleetTable,
+  type Phase,
+  type PhaseName,
+} from "./reckoning.ts";
+
+const ENDPOINT = "http://127.0.0.1:2379";
+const PREFIX = "/coreos.com/network";
+const CONFIG = { Network: "10.0.0.0/8", SubnetLen: 24, Backend: { Type: "vxlan" } };
+const CHANGES_SECONDS = 60;
+const IDLE_SECONDS = 15;
+const BURST_SECONDS = 10;
+/** Clusters that the page reckons for. */
+const SIZES = [1000, 5000, 10_000, 50_000, 100_000];
+
+export type NodesOrder =
+  | { do: "boot"; count: number; connections: number; endpoint: string; atOnce: number }
+  | { do: "restart" | "reread"; count: number; atOnce: number }
+  | { do: "change" | "renew"; count: number; seconds: number }
+  | { do: "catch up"; revision: string }
+  | { do: "read" };
+
+/** Since the start, but for the delays and the writes, which are those since the last reading. */
+export interface NodesReading {
+  readonly processorSeconds: number;
+  readonly events: number;
+  /** Leases that were lost, contested or could not be written. */
+  readonly failures: number;
+  /** Connections that were lost. */
+  readonly interruptions: number;
+  readonly folding: number;
+  readonly delayMs: Delay;
+  /** When the write of each key was asked for. */
+  readonly asked: readonly (readonly [key: string, at: number])[];
+}
+
+export type AgentOrder =
+  | { do: "boot"; endpoint: string }
+  | { do: "catch up"; revision: string }
+  | { do: "read" };
+
+export interface AgentReading {
+  readonly processorSeconds: number;
+  readonly peers: number;
+  /** When each key was in its desired state, and in its kernel, since the last reading. */
+  readonly desired: readonly (readonly [key: string, at: number])[];
+  readonly written: readonly (readonly [key: string, at: number])[];
+}
+
+/** A process that does one thing at a time. */
+class Worker<Order, Reading> {
+  readonly #child: ChildProcess;
+  readonly pid: number;
+
+  constructor(program: string, execArgv: readonly string[]) {
+    this.#child = fork(join(repository, "dist/bench", program), [], { execArgv: [...execArgv] });
+    this.pid = this.#child.pid ?? -1;
+    const name = program.replace(".js", "");
+    this.#child.once("exit", (code, signal) => fail(new Error(`${name} ended with ${code ?? signal}`)));
+  }
+
+  async tell(order: Order | { do: "read" }): Promise<Reading> {
+    this.#child.send(order as object);
+    const [said] = (await once(this.#child, "message")) as [{ answer: Reading } | { error: string }];
+    if ("error" in said) throw new Error(said.error);
+    return said.answer;
+  }
+
+  end(): void {
+    this.#child.removeAllListeners("exit");
+    this.#child.kill("SIGKILL");
+  }
+}
+
+function fail(error: unknown): void {
+  process.stderr.write(`fleet: ${error instanceof Error ? error.message : error}\n`);
+  process.exit(1);
+}
+
+async function startEtcd(directory: string): Promise<ChildProcess> {
+  const peers = "http://127.0.0.1:2380";
+  const etcd = spawn(
+    "etcd",
+    [
+      ["--logger=zap", "--log-level=info", "--name=fleet", `--data-dir=${join(directory, "etcd")}`],
+      ["--unsafe-no-fsync", `--listen-client-urls=${ENDPOINT}`, `--advertise-client-urls=${ENDPOINT}`],
+      [
+        `--listen-peer-urls=${peers}`,
+        `--initial-advertise-peer-urls=${peers}`,
+        `--initial-cluster=fleet=${peers}`,
+      ],
+    ].flat(),
+    { stdio: ["ignore", "ignore", "pipe"] },
+  );
+  etcd.once("error", (error) => fail(new Error(`cannot run etcd: ${error.message}`)));
+  const lines = createInterface({ input: etcd.stderr });
+  await new Promise<void>((resolve, reject) => {
+    const said: string[] = [];
+    lines.on("line", (line) => {
+      if (/ready to serve client requests|serving client traffic/.test(line)) resolve();
+      if (said.length < 20) said.push(line);
+    });
+    etcd.once("exit", () => reject(new Error(`etcd ended:\n${said.join("\n")}`)));
+  });
+  return etcd;
+}
+
+/** Of a process: its time so far, in steps of a clock tick (10 ms), and its memory. */
+function processOf(pid: number): { processorSeconds: number; residentMb: number } {
+  const stat = readFileSync(`/proc/${pid}/stat`, "utf8");
+  const fields = stat.slice(stat.lastIndexOf(")") + 2).split(" ");
+  const [, kilobytes] = /^VmRSS:\s+(\d+)/m.exec(readFileSync(`/proc/${pid}/status`, "utf8")) ?? [];
+  return {
+    processorSeconds: (Number(fields[11]) + Number(fields[12])) / 100,
+    residentMb: Number(kilobytes) / 1024,
+  };
+}
+
+type EtcdReading = Phase["etcd"];
+
+async function readEtcd(pid: number): Promise<EtcdReading> {
+  // etcd counts this one too, but not among the requests of gRPC.
+  const text = await (await fetch(`${ENDPOINT}/metrics`)).text();
+  const sum = (pattern: RegExp): number =>
+    [...text.matchAll(pattern)].reduce((total, [, value]) => total + Number(value), 0);
+  return {
+    ...processOf(pid),
+    requests: sum(/^grpc_server_handled_total\{[^}]*grpc_type="unary"[^}]*\} (\S+)$/gm),
+    messages: sum(/^grpc_server_msg_sent_total\{[^}]*grpc_method="Watch"[^}]*\} (\S+)$/gm),
+    sentBytes: sum(/^etcd_network_client_grpc_sent_bytes_total (\S+)$/gm),
+    receivedBytes: sum(/^etcd_network_client_grpc_received_bytes_total (\S+)$/gm),
+  };
+}
+
+/** How long after it was asked for each write was seen. */
+function delayOf(
+  asked: ReadonlyMap<string, number>,
+  seen: readonly (readonly [key: string, at: number])[],
+): Delay {
+  const delays = seen.flatMap(([key, at]) => {
+    const from = asked.get(key);
+    return from === undefined ? [] : [at - from];
+  });
+  return { p50: percentile(delays, 0.5), p99: percentile(delays, 0.99), count: delays.length };
+}
+
+async function main(): Promise<void> {
+  const { values: options } = parseArgs({
+    options: {
+      nodes: { type: "string", default: "1000" },
+      connections: { type: "string", default: "5000" },
+      "at-once": { type: "string", default: "25" },
+      directory: { type: "string" },
+      page: { type: "boolean", default: false },
+      out: { type: "string", default: join(repository, "dist/bench/fleet") },
+    },
+  });
+  const [count, atOnce] = [Number(options.nodes), Number(options["at-once"])];
+  const connections = Math.min(count, Number(options.connections));
+  const { directory } = options;
+  if (directory === undefined) throw new Error("no --directory for etcd's data: run it by bench/fleet");
+  if (!(count >= 100 && atOnce >= 1 && connections >= 1))
+    throw new Error(
+      `nothing to measure: ${options.nodes} nodes (at least 100), ${options["at-once"]} at once`,
+    );
+
+  const etcd = await startEtcd(directory);
+  const etcdPid = etcd.pid ?? -1;
+  const store = await openStore({
+    endpoints: [ENDPOINT],
+    prefix: PREFIX,
+    log: { debug: () => undefined, warn: () => undefined },
+    connection: "fleet",
+  });
+  await store.create("config", JSON.stringify(CONFIG), 86_400);
+  const empty = await readEtcd(etcdPid);
+  const nodes = new Worker<NodesOrder, NodesReading>("fleet-nodes.js", ["--max-old-space-size=12000"]);
+  // As bin/twilld sets V8.
+  const agent = new Worker<AgentOrder, AgentReading>("fleet-agent.js", [
+    "--semi-space-growth-factor=1",
+    "--optimize-for-size",
+  ]);
+  await agent.tell({ do: "boot", endpoint: ENDPOINT });
+
+  /** What it says itself of its processor time is finer than /proc. */
+  const memoryOf = (pid: number) => ({ residentMb: processOf(pid).residentMb });
+  const read = async () => ({
+    etcd: await readEtcd(etcdPid),
+    nodes: { ...(await nodes.tell({ do: "read" })), ...memoryOf(nodes.pid) },
+    agent: { ...(await agent.tell({ do: "read" })), ...memoryOf(agent.pid) },
+  });
+  const phases: Phase[] = [];
+  let before = await read();
+  const run = async (phase: PhaseName, some: number, act: () => Promise<unknown>): Promise<void> => {
+    const began = performance.now();
+    await act();
+    const revision = String((await lastRevision(store)) ?? 0n);
+    await Promise.all([nodes.tell({ do: "catch up", revision }), agent.tell({ do: "catch up", revision })]);
+    const seconds = (performance.now() - began) / 1000;
+    const after = await read();
+    const asked = new Map(after.nodes.asked);
+    const since = <Key extends string>(key: Key, a: Record<Key, number>, b: Record<Key, number>): number =>
+      a[key] - b[key];
+    phases.push({
+      phase,
+      count: some,
+      seconds,
+      etcd: {
+        processorSeconds: since("processorSeconds", after.etcd, before.etcd),
+        residentMb: after.etcd.residentMb,
+        requests: since("requests", after.etcd, before.etcd),
+        messages: since("messages", after.etcd, before.etcd),
+        sentBytes: since("sentBytes", after.etcd, before.etcd),
+        receivedBytes: since("receivedBytes", after.etcd, before.etcd),
+      },
+      nodes: {
+        processorSeconds: since("processorSeconds", after.nodes, before.nodes),
+        residentMb: after.nodes.residentMb,
+        events: since("events", after.nodes, before.nodes),
+        desired: after.nodes.delayMs,
+      },
+      agent: {
+        processorSeconds: since("processorSeconds", after.agent, before.agent),
+        residentMb: after.agent.residentMb,
+        desired: delayOf(asked, after.agent.desired),
+        kernel: delayOf(asked, after.agent.written),
+      },
+    });
+    before = after;
+    process.stdout.write(`${phase}: ${seconds.toFixed(1)} s\n`);
+  };
+
+  const [tenth, fifth] = [Math.round(count / 10), Math.round(count / 5)];
+  const changing = Math.max(1, Math.round(count / 100));
+  await run("boot", count, () => nodes.tell({ do: "boot", count, connections, endpoint: ENDPOINT, atOnce }));
+  if (before.agent.peers !== count) throw new Error(`the agent has ${before.agent.peers} peers of ${count}`);
+  await run("idle", 0, () => sleep(IDLE_SECONDS * 1000));
+  await run("renewals", tenth, () => nodes.tell({ do: "renew", count: tenth, seconds: BURST_SECONDS }));
+  await run("changes", changing, () =>
+    nodes.tell({ do: "change", count: changing, seconds: CHANGES_SECONDS }),
+  );
+  await run("burst", tenth, () => nodes.tell({ do: "change", count: tenth, seconds: BURST_SECONDS }));
+  await run("rereads", fifth, () => nodes.tell({ do: "reread", count: fifth, atOnce }));
+  await run("restarts", tenth, () => nodes.tell({ do: "restart", count: tenth, atOnce }));
+
+  const { failures, interruptions, folding } = before.nodes;
+  const version = await versionOfEtcd();
+  const report: FleetReport = {
+    suite: "fleet",
+    nodes: count,
+    folding,
+    connections,
+    environment: {
+      ...(await describeMachine()),
+      etcd: `${version}, one member, without waiting for its disk; it shares the processors with all nodes`,
+      nodes: `${count} in one process over ${connections} connections, ${atOnce} start at a time; ${folding} of them keep all leases; ${failures} leases went wrong, ${interruptions} connections were lost`,
+      processors: "a second of processor is of one processor, of etcd in steps of 10 ms",
+    },
+    emptyResidentMb: empty.residentMb,
+    phases,
+  };
+  nodes.end();
+  agent.end();
+  store.close();
+  etcd.removeAllListeners("exit");
+  etcd.kill("SIGKILL");
+  const [measured, reckoned] = [fleetTable(report), costTable(report, SIZES)];
+  publish(options.out, `${measured}\n${reckoned}`, report);
+  if (options.page) fillPage(report, measured, reckoned);
+}
+
+/** The store's revision: that of a list of nothing. */
+async function lastRevision(store: Store): Promise<bigint> {
+  return (await store.list("none/")).revision;
+}
+
+async function versionOfEtcd(): Promise<string> {
+  return ((await (await fetch(`${ENDPOINT}/version`)).json()) as { etcdserver: string }).etcdserver;
+}
+
+function fillPage({ nodes }: FleetReport, measured: string, reckoned: string): void {
+  const path = join(repository, "docs/scale.md");
+  const once = filled(readFileSync(path, "utf8"), `fleet of ${nodes}`, measured);
+  if (once === undefined) {
+    process.stdout.write(`docs/scale.md has no place 'fleet of ${nodes}': it stays as it is\n`);
+    return;
+  }
+  const page = filled(once, "fleet reckoned", reckoned);
+  if (page === undefined) throw new Error("docs/scale.md has no place 'fleet reckoned'");
+  writeFileSync(path, page);
+  process.stdout.write("docs/scale.md is written\n");
+}
+
+await main().catch(fail);
+process.exit(0);
