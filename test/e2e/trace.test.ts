@@ -316,7 +316,11 @@ function foretold({ hops }: Trace): string[] {
     verdict === null || verdict === "unrelated" ? [] : `${at} ${verdict}`,
   );
 }
-/** What the programs count of one packet. Waits until it is what was foretold, and else until nothing more can come. */
+/**
+ * What the programs count of one packet. Waits until it is what was foretold, and else until nothing more can come.
+ * Looks again and again, as nobody announces a count: a frame that is sent may still be queued, a capture at a hook's
+ * interface sees a packet before the program does, and what is dropped is seen by none behind it.
+ */
 async function countedOf(
   host: Host,
   wanted: readonly string[],
