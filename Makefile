@@ -18,7 +18,7 @@ export PATH := $(CURDIR)/.node/bin:$(PATH)
 BUILD_PACKAGES := clang libbpf-dev libbpf1 gcc g++ make python3 libc6-dev
 TEST_PACKAGES := bpftool etcd-server etcd-client iproute2 iputils-ping ethtool tcpdump tshark iperf3 \
 	nginx-light curl openssl iptables nftables procps util-linux clang-format \
-	docker.io supervisor busybox-static tini systemd prometheus zsh
+	docker.io containernetworking-plugins supervisor busybox-static tini systemd prometheus zsh
 
 BPF_SOURCES := $(wildcard bpf/*.h bpf/*.bpf.c)
 TS_SOURCES := $(shell find loader src -name '*.ts' 2>/dev/null)
