@@ -121,15 +121,16 @@ export function draw({ title, digits, rounds, bars, goal }: Chart): string {
   ].join("\n");
 }
 
-/** The charts of a report, by the name of their files: one for each metric, and one of all ratios. */
+/** The charts of a report, by the name of their files: for each metric one of the figures, and one of the ratios if any. */
 export function chartsOf(report: Report): Map<string, string> {
   const charts = new Map<string, string>();
+  const ratios = ratiosOf(report);
   for (const metric of report.metrics) {
     if (metric.charted === false) continue;
-    charts.set(`${report.suite}-${metric.key}.svg`, draw(chartOf(report, metric)));
+    const name = `${report.suite}-${metric.key}`;
+    charts.set(`${name}.svg`, draw(chartOf(report, metric)));
+    if (ratios.length > 0) charts.set(`${name}-ratios.svg`, draw(chartOfRatios(report, metric, ratios)));
   }
-  const ratios = ratiosOf(report);
-  if (ratios.length > 0) charts.set(`${report.suite}-ratios.svg`, draw(chartOfRatios(report, ratios)));
   return charts;
 }
 
@@ -152,18 +153,14 @@ function chartOf({ rounds, results }: Report, metric: Metric): Chart {
 }
 
 /** How many times better each row is than the one it is compared with, whichever way a metric counts. */
-function chartOfRatios({ suite, rounds, metrics }: Report, ratios: readonly Ratio[]): Chart {
-  const bars = ratios.flatMap(({ row, base, values }) =>
-    metrics
-      .filter(({ charted }) => charted !== false)
-      .map(({ key, title, better }) => {
-        const times = (values[key] ?? []).map((ratio) => (better === "lower" ? 1 / ratio : ratio));
-        const name = `${row} / ${base}: ${title.replace(/,[^,]*$/, "")}`;
-        return { name, summary: summarize(times), own: true };
-      }),
-  );
+function chartOfRatios({ rounds }: Report, metric: Metric, ratios: readonly Ratio[]): Chart {
+  const { key, title, better } = metric;
+  const bars = ratios.map(({ row, base, values }) => {
+    const times = (values[key] ?? []).map((ratio) => (better === "lower" ? 1 / ratio : ratio));
+    return { name: `${row} / ${base}`, summary: summarize(times), own: true };
+  });
   return {
-    title: `${suite}: how many times as good as what it is compared with`,
+    title: `${title}: how many times as good as what it is compared with`,
     digits: 2,
     rounds,
     bars,
@@ -173,11 +170,14 @@ function chartOfRatios({ suite, rounds, metrics }: Report, ratios: readonly Rati
 
 /** What a page shows of a report: its charts, from a folder beside the page, and its tables. */
 export function section(report: Report, folder: string): string {
-  const pictures = [...chartsOf(report).keys()].map((name) => {
-    const key = name.slice(report.suite.length + 1, -".svg".length);
-    const title = report.metrics.find((metric) => metric.key === key)?.title ?? "ratios";
-    return `![${report.suite}: ${title}](${folder}/${name})\n`;
-  });
+  const charts = chartsOf(report);
+  const pictures = report.metrics.flatMap(({ key, title }) =>
+    ["", "-ratios"].flatMap((kind) => {
+      const name = `${report.suite}-${key}${kind}.svg`;
+      const text = `${report.suite}: ${title}${kind === "" ? "" : ", ratios"}`;
+      return charts.has(name) ? [`![${text}](${folder}/${name})\n`] : [];
+    }),
+  );
   return `${pictures.join("\n")}\n${tables(report)}`;
 }
 

@@ -25,7 +25,9 @@ function reportsIn(file: string): readonly Report[] {
     environment?.object !== undefined &&
     results?.every(({ summary }) => summary !== undefined) === true;
   if (!Array.isArray(content) || !content.every(isReport)) {
-    throw new Error(`${file} holds no results of this version: measure again with 'make bench'`);
+    throw new Error(
+      `${file} holds no results of this version that go to docs/bench.md: measure again (docs/bench.md says how)`,
+    );
   }
   return content as Report[];
 }

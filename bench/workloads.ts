@@ -50,7 +50,7 @@ export const udpPackets: Workload = {
 export const roundTrips: Workload = {
   metrics: [
     { key: "roundTripP50", title: "TCP round trip p50, µs", digits: 1, better: "lower" },
-    { key: "roundTripP99", title: "p99, µs", digits: 1, better: "lower" },
+    { key: "roundTripP99", title: "TCP round trip p99, µs", digits: 1, better: "lower" },
   ],
   async run(from, to, address, seconds) {
     const result = await talk<{ p50: number; p99: number }>("rr", from, to, address, seconds);

@@ -106,17 +106,20 @@ describe("a chart", () => {
 });
 
 test("ratios are taken within each round, and turned so that more is better", () => {
-  const svg = chartsOf(report).get("forwarding-ratios.svg") ?? "";
-  // Streams: 8/4, 9/5, 7.5/3. Round trips the other way round: 80/40, 100/50, 90/60.
-  expect(svg).toContain('2.00<tspan class="quiet" dx="5">(1.80 to 2.50)</tspan>');
-  expect(svg).toContain('2.00<tspan class="quiet" dx="5">(1.50 to 2.00)</tspan>');
-  expect(elements(svg, "rect", "own")).toHaveLength(2);
-  expect(elements(svg, "path", "goal")).toHaveLength(1);
+  // 8/4, 9/5, 7.5/3, and the other way round 80/40, 100/50, 90/60.
+  const streams = chartsOf(report).get("forwarding-stream-ratios.svg") ?? "";
+  const trips = chartsOf(report).get("forwarding-trip-ratios.svg") ?? "";
+  expect(streams).toContain('2.00<tspan class="quiet" dx="5">(1.80 to 2.50)</tspan>');
+  expect(trips).toContain('2.00<tspan class="quiet" dx="5">(1.50 to 2.00)</tspan>');
+  expect(elements(streams, "rect", "own")).toHaveLength(1);
+  expect(elements(streams, "path", "goal")).toHaveLength(1);
 });
 
 test("there is a chart for each metric that says something as one", () => {
-  const names = ["forwarding-stream.svg", "forwarding-trip.svg", "forwarding-ratios.svg"];
+  const names = ["stream", "stream-ratios", "trip", "trip-ratios"].map((name) => `forwarding-${name}.svg`);
   expect([...chartsOf(report).keys()]).toEqual(names);
+  const alone = { ...report, results: report.results.map((result) => ({ ...result, against: [] })) };
+  expect([...chartsOf(alone).keys()]).toEqual([names[0], names[2]]);
 });
 
 test("tables show medians with their spread, and where the figures come from", () => {
@@ -130,7 +133,7 @@ test("tables show medians with their spread, and where the figures come from", (
 test("a section has the charts and the tables", () => {
   const text = section(report, "bench");
   expect(text).toContain("![forwarding: TCP stream, Gbit/s](bench/forwarding-stream.svg)");
-  expect(text).toContain("![forwarding: ratios](bench/forwarding-ratios.svg)");
+  expect(text).toContain("![forwarding: TCP stream, Gbit/s, ratios](bench/forwarding-stream-ratios.svg)");
   expect(text).toContain(tables(report));
 });
 
