@@ -492,7 +492,7 @@ struct config {
 	__u8 ttl;           /* of the outer IP header */
 	__u8 encapsulate;   /* in these programs rather than by the kernel's device */
 	__u8 decapsulate;
-	__u8 direct; /* peers may be reached without a tunnel */
+	__u8 direct; /* what travels without a tunnel is taken from peers, and sent to them */
 	__u8 masquerade;
 	__u8 let_in;      /* what comes from outside the network to a pod goes there past the stack */
 	__u8 count_peers; /* in `traffic4` */

@@ -132,7 +132,16 @@ static __always_inline struct peer4 *peer_of4(__be32 address)
 	return 0;
 }
 
-/* Counts a packet that goes to, or comes from, a subnet whose peer is reached without a tunnel by this interface. */
+/*
+ * Whether what travels between us and this peer without a tunnel does so by this interface, on a network we share. It may,
+ * though our own packets for the peer take the tunnel: of two nodes whose way to each other changes, one is the first.
+ */
+static __always_inline int is_plain_way4(const struct __sk_buff *skb, const struct peer4 *peer)
+{
+	return peer->ifindex == skb->ifindex && bytes4(peer->next_hop) == bytes4(peer->public_ip);
+}
+
+/* Counts a packet that goes to, or comes from, a peer's subnet by this interface without a tunnel. */
 static __always_inline void count_direct4(struct __sk_buff *skb, __be32 address, const int received)
 {
 	struct peer4 *peer;
@@ -140,7 +149,7 @@ static __always_inline void count_direct4(struct __sk_buff *skb, __be32 address,
 	if (!config.count_peers || !config.direct)
 		return;
 	peer = peer_of4(address);
-	if (peer && peer->reach == REACH_DIRECT && peer->ifindex == skb->ifindex)
+	if (peer && is_plain_way4(skb, peer))
 		count_peer(bytes4(peer->public_ip), received, skb->len);
 }
 

@@ -446,7 +446,7 @@ static __always_inline int from_direct4(struct __sk_buff *skb, const struct pack
 
 	*verdict = VERDICT_UNRELATED;
 	/* From another side than its peer's, the stack decides (rp_filter). */
-	if (!peer || peer->reach != REACH_DIRECT || peer->ifindex != skb->ifindex)
+	if (!peer || !is_plain_way4(skb, peer))
 		return NEXT;
 	stamp(skb, packet);
 	endpoint = endpoint_of4(packet->destination);

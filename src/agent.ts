@@ -16,7 +16,7 @@ import { type Overlay, TunnelDevice } from "./agent/device.ts";
 import { LeaseKeeper } from "./agent/lease.ts";
 import { type ProbeStatus, Probing } from "./agent/probing.ts";
 import { FDB, NEIGHBOURS, ROUTES, Writer } from "./agent/writer.ts";
-import { NO_ROWS } from "./core/backend.ts";
+import { directRows, NO_ROWS } from "./core/backend.ts";
 import { kindOf } from "./core/backends.ts";
 import { claim, type Desired, emptyDesired, fold, forget, takeTouched } from "./core/desired.ts";
 import { type Firewall, type PodTraffic, reasonsForOutside, reasonsForStack } from "./core/firewall.ts";
@@ -139,6 +139,12 @@ const RETRY_MIN_MS = 100;
 const RETRY_MAX_MS = 30_000;
 /** How long a lease that a snapshot lacks stays in force; nodes notice within some seconds that theirs is gone. */
 const FORGET_MS = 30_000;
+/**
+ * How much later than it could a peer that was reached without a tunnel is sent to through one. A node that moves says so
+ * in its lease before its programs and its device are there to open what comes; without a tunnel it takes packets all
+ * the while. That is a second, on a machine that has other things to do as well.
+ */
+const HOLD_MS = 5_000;
 /** The shortest time between two reads of the peers' maps because packets were refused. */
 const REFUSED_MS = 500;
 /**
@@ -188,6 +194,8 @@ export class Agent {
   #judgement: Judgement | undefined;
   /** What the judgement is of. */
   #judged = "";
+  /** The packet filter has nothing against what comes from peers without a tunnel, or is sent so. */
+  #mayPassPlain = false;
   #fileText: string | undefined;
   #ready = false;
 
@@ -216,6 +224,8 @@ export class Agent {
   readonly #rows = new Map<string, LeaseRows>();
   /** Keys of leases whose rows are to be made anew, see `LEASES_PER_ROUND`. */
   readonly #unread = new Set<string>();
+  /** Keys of leases whose peers are still reached without a tunnel, and until when, see `HOLD_MS`; the first comes first. */
+  readonly #held = new Map<string, number>();
   /** Keys of the routes that no lease gives. */
   #commonRoutes: ReadonlySet<string> = new Set();
   /** Leases that give no rows, and why. */
@@ -244,6 +254,7 @@ export class Agent {
   #cancelRetry: (() => void) | undefined;
   #cancelResync: (() => void) | undefined;
   #cancelForget: (() => void) | undefined;
+  #cancelHeld: (() => void) | undefined;
   #retryMs = RETRY_MIN_MS;
   /** Until when refused packets are no reason to look, and for how long then. */
   #trustedUntil = 0;
@@ -294,8 +305,11 @@ export class Agent {
     this.#lease.stop();
     this.#probing?.stop();
     this.#commands.stop();
-    for (const cancel of [this.#cancelRound, this.#cancelRetry, this.#cancelResync, this.#cancelForget])
-      cancel?.();
+    this.#cancelRound?.();
+    this.#cancelRetry?.();
+    this.#cancelResync?.();
+    this.#cancelForget?.();
+    this.#cancelHeld?.();
   }
 
   onStore(event: StoreEvent): void {
@@ -563,9 +577,9 @@ export class Agent {
     }
     this.#addressStale = false;
     const isSettled = this.#commands.settle({ network: network.network, subnet, publicIp });
+    if (this.#tablesStale) this.#observeTables(facts);
     const isCompiled = this.#compile(facts);
     this.#probing?.aim(probeSourceOf(facts));
-    if (this.#tablesStale) this.#observeTables(facts);
     // Loading programs takes the verifier half a second. The stack, which forwards meanwhile, need not wait for it.
     if (!this.#putPeers() || !isCompiled) {
       // Nothing is removed before all is known that is wanted.
@@ -777,12 +791,47 @@ export class Agent {
       this.#want(key, this.#desired.leases.get(key), facts);
       this.#unread.delete(key);
     }
+    this.#awaitHeld();
     return this.#unread.size === 0;
   }
 
-  #rowsFor(lease: Lease, facts: Facts): LeaseRows {
-    const { publicIp } = lease;
-    return rowsOf(lease, this.#paths.get(publicIp), facts);
+  /** The rows that a lease gives now: for a while those of the way that its peer is reached by, see `HOLD_MS`. */
+  #rowsFor(key: string, lease: Lease, facts: Facts): LeaseRows {
+    const rows = rowsOf(lease, this.#paths.get(lease.publicIp), facts);
+    const plain = this.#plainWay(lease, rows, facts);
+    const now = this.#world.clock.now();
+    const until = this.#held.get(key) ?? now + HOLD_MS;
+    if (plain === undefined || until <= now) {
+      this.#held.delete(key);
+      return rows;
+    }
+    this.#held.set(key, until);
+    // What the tunnel's route will lead on to can be there before it.
+    return { ...plain, neighbour: rows.neighbour, fdb: rows.fdb };
+  }
+
+  /** The rows of a way without a tunnel, if these are of one with a tunnel and the kernel still has the other. */
+  #plainWay(lease: Lease, { subnet }: LeaseRows, facts: Facts): LeaseRows | undefined {
+    if (subnet === undefined || subnet.reach === "REACH_DIRECT") return undefined;
+    const plain = directRows(lease, this.#paths.get(lease.publicIp), facts);
+    if (plain.subnet === undefined || plain.route === undefined) return undefined;
+    const { gateway, outIndex } = plain.route;
+    // A former run of ours may have put it there, or flanneld.
+    const actual = this.#routes.actualRow(routeKey(plain.route));
+    return actual?.gateway === gateway && actual?.outIndex === outIndex ? plain : undefined;
+  }
+
+  /** Looks at leases again when they have been held for long enough. */
+  #awaitHeld(): void {
+    const { clock } = this.#world;
+    const [first] = this.#held.values();
+    if (first === undefined || this.#cancelHeld !== undefined) return;
+    this.#cancelHeld = clock.after(Math.max(0, first - clock.now()), () => {
+      this.#cancelHeld = undefined;
+      const now = clock.now();
+      for (const [key, until] of this.#held) if (until <= now) this.#unread.add(key);
+      this.#wake();
+    });
   }
 
   #routesTo(addresses: readonly Ipv4[]): ReturnType<World["kernel"]["routesTo"]> {
@@ -840,7 +889,8 @@ export class Agent {
   /** Wants the rows that a lease gives, in place of those it gave before. */
   #want(key: string, lease: Lease | undefined, facts: Facts): void {
     const before = this.#rows.get(key) ?? NO_ROWS;
-    const rows = lease === undefined ? NO_ROWS : this.#rowsFor(lease, facts);
+    if (lease === undefined) this.#held.delete(key);
+    const rows = lease === undefined ? NO_ROWS : this.#rowsFor(key, lease, facts);
     exchange(this.#subnets, key, subnetKey, before.subnet, rows.subnet);
     exchange(this.#peers, key, peerKey, before.peer, rows.peer);
     exchange(this.#routes, key, routeKey, before.route, rows.route);
@@ -878,16 +928,16 @@ export class Agent {
     else this.#lengths.set(row.prefixLength, count);
   }
 
-  /** Whether peers may be reached without a tunnel: by the backend, or because they have another one than we. */
+  /** Whether we may send to peers without a tunnel: by the backend, or because they have another one than we, or had. */
   #mayBeDirect({ network }: Facts): boolean {
     return kindOf(network.backend).direct || this.#directs > 0;
   }
 
   /** What the programs may do, by the settings and the host's packet filter. */
-  #judgeFirewall(facts: Facts): Pick<Facts, "fastPath" | "letIn"> {
+  #judgeFirewall(facts: Facts): Pick<Facts, "fastPath" | "letIn"> & { readonly direct: boolean } {
     const { fastPath } = facts;
     if (fastPath !== "FAST_PATH_AUTO")
-      return { fastPath, letIn: facts.letIn && fastPath === "FAST_PATH_ALWAYS" };
+      return { fastPath, letIn: facts.letIn && fastPath === "FAST_PATH_ALWAYS", direct: true };
     const nameOf = (ifindex: number): string => this.#nameOf(ifindex);
     const underlay = [...this.#ethernetWays(facts)].map(nameOf);
     const interfaces = [...this.#pods.interfaces.keys()].map(nameOf);
@@ -901,7 +951,8 @@ export class Agent {
       this.#judge(traffic, facts.letIn);
     }
     const { needsStack = true, letsIn = false } = this.#judgement ?? {};
-    return { fastPath: needsStack ? "FAST_PATH_STACK" : fastPath, letIn: letsIn };
+    const direct = this.#mayPassPlain || this.#mayBeDirect(facts);
+    return { fastPath: needsStack ? "FAST_PATH_STACK" : fastPath, letIn: letsIn, direct };
   }
 
   #judge(traffic: PodTraffic, letIn: boolean): void {
@@ -916,6 +967,10 @@ export class Agent {
       firewall === undefined || needsStack || !letIn ? [] : reasonsForOutside(firewall, traffic);
     const letsIn = letIn && !needsStack && outside.length === 0;
     this.#judgement = { needsStack, reasons, letsIn, outside };
+    const { interfaces, underlay } = traffic;
+    const everywhere = { ...traffic, interfaces: [...new Set([...interfaces, ...underlay])] };
+    this.#mayPassPlain =
+      firewall !== undefined && !needsStack && reasonsForStack(firewall, everywhere).length === 0;
     const { log } = this.#world;
     if (needsStack && reasons.join() !== before?.reasons.join()) {
       log.info({ reasons }, "the firewall must see what pods send: their packets take the stack");
@@ -933,8 +988,8 @@ export class Agent {
   /** Loads programs if what they were loaded with changed; the maps are open from then on. */
   #loadPrograms(facts: Facts): void {
     const lengths = new Set([facts.network.subnetLength, ...this.#lengths.keys()]);
-    const judged = { ...facts, ...this.#judgeFirewall(facts) };
-    const config = configOf(judged, [...lengths], this.#mayBeDirect(facts));
+    const { direct, ...judged } = this.#judgeFirewall(facts);
+    const config = configOf({ ...facts, ...judged }, [...lengths], direct);
     const text = JSON.stringify(config);
     if (text === this.#configText) return;
     this.#attempts.must("programs", () => this.#world.dataplane.load(config));

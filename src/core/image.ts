@@ -217,12 +217,11 @@ export interface ProgramConfig {
   readonly timeouts: Timeouts;
 }
 
-/** `lengths` are the prefix lengths of the subnets in force, `direct` is whether a peer may be reached without a tunnel. */
-export function configOf(
-  facts: Facts,
-  lengths: readonly number[],
-  direct = kindOf(facts.network.backend).direct,
-): ProgramConfig {
+/**
+ * `lengths` are the prefix lengths of the subnets in force. `direct` is whether the programs take what peers send without a
+ * tunnel, and send so themselves, where a peer's row says it.
+ */
+export function configOf(facts: Facts, lengths: readonly number[], direct: boolean): ProgramConfig {
   const { network, subnet, overlay } = facts;
   const kind = kindOf(network.backend);
   return {

@@ -6,7 +6,8 @@
  * is called only with what the kernel said: after a successful write, a notification or a read-back.
  *
  * A row may be wanted by several owners (two leases name one address while a node moves from subnet to subnet):
- * it is wanted as the latest of them wants it, and until the last of them lets go. A difference that could not be
+ * it is wanted as the latest of them wants it, and until the last of them lets go; who wants again what it wanted is no
+ * later for that. A difference that could not be
  * applied stays one, but is passed over until `retry` or until something about its row changes.
  */
 
@@ -59,6 +60,8 @@ export class Table<Row> {
   want(key: string, row: Row, owner = ""): void {
     const before = this.wanted.get(key);
     const holder = this.owners.get(key) ?? "";
+    const earlier = this.others.get(key)?.get(owner);
+    if (earlier !== undefined && this.same(earlier, row)) return;
     if (before !== undefined && holder !== owner) {
       const others = this.others.get(key) ?? new Map<string, Row>();
       others.delete(owner);

@@ -424,8 +424,17 @@ describe("a directly routed packet", () => {
     }
   });
 
-  test("is the stack's if it is no such peer's, for no pod, or of no kind for the fast lane", () => {
-    expectNext(direct({ source: TUNNEL.pod }), "UNRELATED");
+  test("is taken from a peer to which we send by the tunnel, and so is what comes by the tunnel from the other", () => {
+    expect(node.run("from_net", direct({ source: TUNNEL.pod }))).toMatchObject({
+      action: REDIRECT,
+      verdict: "DELIVERED",
+    });
+    const opened = node.run("from_net", arrived({ source: DIRECT.pod }, { source: DIRECT.address }));
+    expect(opened).toMatchObject({ action: REDIRECT, verdict: "DECAPSULATED" });
+  });
+
+  test("is the stack's if it is no peer's, for no pod, or of no kind for the fast lane", () => {
+    expectNext(direct({ source: "172.7.99.2" }), "UNRELATED");
     expectNext(direct({ source: "10.4.7.99" }), "UNRELATED");
     expectNext(direct({ destination: "172.7.21.0" }), "UNRELATED");
     expectNext(direct({ destination: "10.4.7.21" }), "UNRELATED");
@@ -438,12 +447,16 @@ describe("a directly routed packet", () => {
     expectNext(direct().subarray(0, 40), "STACK_MALFORMED");
   });
 
-  test("is the stack's if it comes from another side than its peer is on", () => {
-    node.peer(DIRECT, "REACH_DIRECT", { ifindex: node.spareIfindex });
-    try {
-      expectNext(direct(), "UNRELATED");
-    } finally {
-      node.peer(DIRECT, "REACH_DIRECT");
+  test("is the stack's if it comes from another side than its peer is on, or the peer is behind a router", () => {
+    for (const reach of ["REACH_DIRECT", "REACH_TUNNEL"] as const) {
+      for (const other of [{ ifindex: node.spareIfindex }, { nextHop: "10.4.7.254" }]) {
+        node.peer(DIRECT, reach, other);
+        try {
+          expectNext(direct(), "UNRELATED");
+        } finally {
+          node.peer(DIRECT, "REACH_DIRECT");
+        }
+      }
     }
   });
 

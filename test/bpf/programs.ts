@@ -279,12 +279,16 @@ export class Node {
   peer(
     peer: { address: string; mac: string; net: string },
     reach: abi.Reach,
-    { prefixLength = 24, ifindex = LO }: { prefixLength?: number; ifindex?: number } = {},
+    {
+      prefixLength = 24,
+      ifindex = LO,
+      nextHop = peer.address,
+    }: { prefixLength?: number; ifindex?: number; nextHop?: string } = {},
   ): void {
     const subnet = CODECS.subnet.encode({ address: address(peer.net), prefix_length: prefixLength });
     const value = CODECS.peer.encode({
       public_ip: address(peer.address),
-      next_hop: address(peer.address),
+      next_hop: address(nextHop),
       ifindex,
       reach,
       mtu: PEER_MTU,

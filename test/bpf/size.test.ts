@@ -14,12 +14,12 @@ const GROWTH = 1.1;
 const FILE = join(import.meta.dirname, "sizes.json");
 
 const variants: Record<string, Partial<Config>> = {
-  vxlan: { direct: 0 },
-  "vxlan, masquerade": { direct: 0, masquerade: 1 },
-  "vxlan with direct routing": {},
+  vxlan: {},
+  "vxlan, masquerade": { masquerade: 1 },
+  "vxlan, through the tunnel alone": { direct: 0 },
   "host-gw": { tunnel: "TUNNEL_NONE", encapsulate: 0, decapsulate: 0, overlay_ifindex: 0 },
-  ipip: { direct: 0, tunnel: "TUNNEL_IPIP" },
-  udp: { direct: 0, tunnel: "TUNNEL_UDP" },
+  ipip: { tunnel: "TUNNEL_IPIP" },
+  udp: { tunnel: "TUNNEL_UDP" },
 };
 
 type Sizes = Record<string, Record<string, number>>;

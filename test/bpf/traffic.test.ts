@@ -132,8 +132,11 @@ test("without a tunnel, at the uplink alone, whoever of this node speaks", () =>
     on.run("to_net", frame(OTHER_MAC, LO_MAC, inner({ source, destination: DIRECT.pod })));
   for (const destination of [NEIGHBOUR.address, VTEP])
     on.run("from_net", frame(LO_MAC, OTHER_MAC, inner({ source: DIRECT.pod, destination })));
-  // Not of a peer behind a tunnel, nor by another interface than the peer's.
-  on.run("to_net", frame(OTHER_MAC, LO_MAC, inner({ destination: TUNNEL.pod })));
+  // With a peer that has a tunnel as well, while the way changes. Not by another interface than the peer's.
+  on.run("from_net", frame(LO_MAC, OTHER_MAC, inner({ source: TUNNEL.pod, destination: NEIGHBOUR.address })));
   on.run("to_net", frame(OTHER_MAC, LO_MAC, packet), { ifindex: on.spareIfindex });
-  expect(counted(on)).toEqual({ [DIRECT.address]: { sent: [2, 2 * SIZE], received: [2, 2 * SIZE] } });
+  expect(counted(on)).toEqual({
+    [DIRECT.address]: { sent: [2, 2 * SIZE], received: [2, 2 * SIZE] },
+    [TUNNEL.address]: { sent: [0, 0], received: [1, SIZE] },
+  });
 });

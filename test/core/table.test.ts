@@ -65,7 +65,8 @@ function take(table: Table<Row>, model: Model, each: Step): void {
       table.want(each.key, { value: each.value }, each.owner);
       model.change(each.key, () => {
         const wants = model.wants.get(each.key) ?? new Map<string, number>();
-        wants.delete(each.owner);
+        // Who wants the same again is no later for that.
+        if (wants.get(each.owner) !== each.value) wants.delete(each.owner);
         model.wants.set(each.key, wants.set(each.owner, each.value));
       });
       return;

@@ -203,6 +203,34 @@ export const life: readonly Fault[] = [
     },
   },
   {
+    name: "the network config changes: another MTU, DirectRouting, and back",
+    flanneld: "read at the start alone: nothing changes until each node is started anew",
+    quick: false,
+    run: async (world) => {
+      const peers = ["172.7.21.0/24", "172.7.22.0/24", "172.7.23.0/24"];
+      // Of two nodes one is always first, and their programs take both ways meanwhile.
+      const routed = async (way: "via 10.4.7." | "dev flannel.1") => {
+        for (const { host } of world.nodes)
+          await until(`${host.name} to have its routes ${way}`, async () => {
+            const lines = (await host.ip("route")).split("\n");
+            const found = lines.filter((line) => peers.some((peer) => line.startsWith(`${peer} via`)));
+            return found.length === 2 && found.every((line) => line.includes(way));
+          });
+      };
+      await configure(world, { Type: "vxlan", MTU: 1400 }, ({ mtu }) => mtu === 1350);
+      await configure(world, { Type: "vxlan", MTU: 1400, DirectRouting: true }, ({ network }) => {
+        return network?.backend.directRouting === true;
+      });
+      await routed("via 10.4.7.");
+      await configure(world, { Type: "vxlan" }, ({ mtu, network }) => {
+        return mtu === 1450 && network?.backend.directRouting === false;
+      });
+      const ended = Date.now();
+      await routed("dev flannel.1");
+      return { ended };
+    },
+  },
+  {
     name: "an upgrade to other programs and another map layout",
     flanneld: "has no programs",
     quick: false,
