@@ -115,6 +115,7 @@ function start(store: Store): Agent {
           throw new Error("the fleet's network has no commands");
         },
       },
+      added: { all: () => new Map(), put: () => undefined, remove: () => undefined },
     },
     (error) => {
       process.stderr.write(`fleet-agent: ${error.message}\n`);

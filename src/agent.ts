@@ -564,7 +564,7 @@ export class Agent {
     this.#claim(network);
     const { uplink, overlay } = this.#prepare(network);
     const kind = kindOf(network.backend);
-    const prepared = this.#commands.prepare(kind.commands, JSON.stringify(network.backend));
+    const prepared = this.#commands.prepare(kind.commands);
     if (prepared === undefined) return;
     const { publicIp, address } = uplink;
     this.#lease.keep(network, kind.attributes({ publicIp, uplink: address, mac: overlay?.mac, ...prepared }));
@@ -579,6 +579,7 @@ export class Agent {
     const isSettled = this.#commands.settle({ network: network.network, subnet, publicIp });
     if (this.#tablesStale) this.#observeTables(facts);
     const isCompiled = this.#compile(facts);
+    if (isCompiled) this.#commands.wantNoOthers();
     this.#probing?.aim(probeSourceOf(facts));
     // Loading programs takes the verifier half a second. The stack, which forwards meanwhile, need not wait for it.
     if (!this.#putPeers() || !isCompiled) {

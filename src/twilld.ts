@@ -57,9 +57,12 @@ import {
   type PeerNote,
   type PeersNote,
   peersPathOf,
+  readAdded,
   readMasqueradeNote,
   readTrialNote,
+  removeAdded,
   statusPathOf,
+  writeAdded,
   writeMasqueradeNote,
   writeTrialNote,
 } from "./edge/rundir.ts";
@@ -356,6 +359,11 @@ async function serve(
           }),
         ),
       runner: openRunner(),
+      added: {
+        all: () => readAdded(settings.pinPath),
+        put: (key, text) => writeAdded(settings.pinPath, key, text),
+        remove: (key) => removeAdded(settings.pinPath, key),
+      },
       writeSubnetFile: (text) => writeFileAtomically(settings.subnetFile, text),
       log,
       observer: {

@@ -933,6 +933,66 @@ describe("the commands of extension", () => {
     expect(routes(node)).toEqual(["10.3.101.0/24 via 10.3.101.0 dev flannel.1"]);
   });
 
+  test("for a peer that went or changed while no daemon ran, by what it was added with", async () => {
+    const [world, node] = await starting();
+    for (const n of [102, 103]) world.etcd.put(`subnets/10.3.${n}.0-24`, peer(`192.168.0.${n}`, `of ${n}`));
+    await world.settle();
+    said(node);
+    node.kill();
+    world.etcd.delete(KEY);
+    world.etcd.put("subnets/10.3.102.0-24", peer("192.168.0.202"));
+    node.start();
+    await world.settle();
+    expect(node.commands.filter(({ argv }) => argv[0] === "remove").map(({ input }) => input)).toEqual([
+      "of peer 1\n",
+      "of 102\n",
+    ]);
+    expect(said(node).filter((command) => /^(add|remove)/.test(command))).toEqual([
+      "remove 10.3.101.0/24 192.168.0.101",
+      "remove 10.3.102.0/24 192.168.0.102",
+      "add 10.3.102.0/24 192.168.0.202",
+      // It may have been halfway there.
+      "add 10.3.103.0/24 192.168.0.103",
+    ]);
+    expect(keys(node.added)).toEqual(["10.3.102.0-24", "10.3.103.0-24"]);
+    // The next daemon finds another backend.
+    node.kill();
+    world.etcd.put("config", config(VXLAN));
+    node.start();
+    await world.settle();
+    expect(said(node).sort()).toEqual([
+      "remove 10.3.102.0/24 192.168.0.202",
+      "remove 10.3.103.0/24 192.168.0.103",
+    ]);
+    expect(keys(node.added)).toEqual([]);
+  });
+
+  test("what a former run kept and can't be read is told of once; with no room for it, peers are added all the same", async () => {
+    const [world, node] = await starting();
+    said(node);
+    node.kill();
+    node.logged.length = 0;
+    node.added.set("10.3.104.0-24", "{");
+    node.added.set(
+      "10.3.105.0-24",
+      '{"Lease":"{\\"PublicIP\\":\\"192.168.0.105\\"}","Commands":"{\\"Timeout\\":0}"}',
+    );
+    node.added.set = () => {
+      throw new Error("no space left on device");
+    };
+    world.etcd.put("subnets/10.3.102.0-24", peer("192.168.0.102"));
+    node.start();
+    await world.settle();
+    expect(node.logged.filter(({ level }) => level === "warn").map(({ message }) => message)).toEqual([
+      expect.stringContaining("10.3.104.0-24 can't be read"),
+      expect.stringContaining("10.3.105.0-24 can't be read"),
+      expect.stringContaining("can't write down what is added for the peer 10.3.102.0-24"),
+    ]);
+    expect(keys(node.added)).toEqual(["10.3.101.0-24"]);
+    expect(said(node)).toContain("add 10.3.102.0/24 192.168.0.102");
+    expect(node.status().failures).toEqual([]);
+  });
+
   test("one at a time", async () => {
     const [world, node] = await starting();
     said(node);

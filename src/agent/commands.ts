@@ -4,14 +4,16 @@
  * own that grows, and is listed meanwhile; others need not wait for it.
  *
  * What was added for a peer is taken away with what was known of it then: also when the network gets other commands, or
- * another backend.
+ * another backend, and when the peer went while no daemon ran.
  */
 import type { BackendCommands } from "../core/backend.ts";
+import { commandsFrom } from "../core/backends/extension.ts";
 import type { Command } from "../core/command.ts";
 import { formatCidr, type Ipv4, type Prefix } from "../core/ipv4.ts";
-import { sameAttributes } from "../core/lease.ts";
+import { decodeAdded, encodeAdded, sameAttributes } from "../core/lease.ts";
 import type { Lease } from "../core/model.ts";
 import type { Ended, World } from "../core/world.ts";
+import { reasonOf } from "./attempts.ts";
 
 const RETRY_MIN_MS = 1000;
 const RETRY_MAX_MS = 60_000;
@@ -43,6 +45,8 @@ interface Added {
 }
 
 interface Peer {
+  /** A former run has added it, and the leases that are there now have not all been read. */
+  unread: boolean;
   wanted: { readonly lease: Lease; readonly commands: BackendCommands } | undefined;
   added: Added | undefined;
   readonly task: Task;
@@ -60,13 +64,15 @@ interface Job {
   readonly task: Task;
   readonly what: string;
   readonly command: Command | undefined;
+  /** It is about to be run. */
+  begin?(): void;
   done(ended: Ended | undefined): void;
   /** It failed; whether to let it be. */
   failed?(): boolean;
 }
 
 export class Commands {
-  readonly #world: Pick<World, "clock" | "log" | "observer" | "runner">;
+  readonly #world: Pick<World, "added" | "clock" | "log" | "observer" | "runner">;
   readonly #onData: () => void;
   /** Of the backend in force, and by which text they are known. */
   #commands: BackendCommands | undefined;
@@ -79,31 +85,28 @@ export class Commands {
   #settled = "";
   readonly #settling = new Task();
   readonly #peers = new Map<string, Peer>();
+  /** What is kept of them; undefined until what a former run kept has been read. */
+  #kept: Map<string, string> | undefined;
   #stop: (() => void) | undefined;
   #cancel: (() => void) | undefined;
   #stopped = false;
 
   /** `onData` is told when the lease may be asked for, and when this node is ready. */
-  constructor(world: Pick<World, "clock" | "log" | "observer" | "runner">, onData: () => void) {
+  constructor(world: Pick<World, "added" | "clock" | "log" | "observer" | "runner">, onData: () => void) {
     this.#world = world;
     this.#onData = onData;
   }
 
-  /**
-   * Sees to the commands of the backend in force; `text` tells one config from another. Returns the data of our lease
-   * as soon as it may be asked for.
-   */
-  prepare(
-    commands: BackendCommands | undefined,
-    text: string,
-  ): { readonly data: string | undefined } | undefined {
+  /** Sees to the commands of the backend in force. Returns the data of our lease as soon as it may be asked for. */
+  prepare(commands: BackendCommands | undefined): { readonly data: string | undefined } | undefined {
+    if (this.#kept === undefined) this.#recall();
     if (commands === undefined) {
       this.#commands = this.#node = this.#prepared = undefined;
       this.#text = this.#settled = "";
       return { data: undefined };
     }
-    if (text !== this.#text) {
-      this.#text = text;
+    if (commands.text !== this.#text) {
+      this.#text = commands.text;
       this.#commands = commands;
       this.#prepared = this.#node = undefined;
       this.#settled = "";
@@ -133,13 +136,69 @@ export class Commands {
     const peer = this.#peers.get(key);
     if (peer === undefined) {
       if (wanted === undefined) return;
-      this.#peers.set(key, { wanted, added: undefined, task: new Task() });
+      this.#peers.set(key, { unread: false, wanted, added: undefined, task: new Task() });
     } else {
-      if (isFor(peer.wanted, wanted)) return;
+      if (!peer.unread && isFor(peer.wanted, wanted)) return;
+      peer.unread = false;
       peer.wanted = wanted;
       peer.task.reset();
     }
     this.#wake();
+  }
+
+  /** All leases that there are have been read: a peer that a former run added, and that is not among them, is gone. */
+  wantNoOthers(): void {
+    for (const [key, { unread }] of this.#peers) if (unread) this.want(key, undefined);
+  }
+
+  /** Reads what a former run has left. */
+  #recall(): void {
+    const { added, log } = this.#world;
+    this.#kept = new Map();
+    try {
+      for (const [key, text] of added.all()) {
+        const found = decodeAdded(key, text);
+        try {
+          if ("reason" in found) throw new Error(found.reason);
+          const past = { lease: found.lease, commands: commandsFrom(found.commands), done: false };
+          this.#kept.set(key, text);
+          this.#peers.set(key, { unread: true, wanted: undefined, added: past, task: new Task() });
+        } catch (error) {
+          log.warn({ reason: reasonOf(error) }, `what a former run kept of the peer ${key} can't be read`);
+          added.remove(key);
+        }
+      }
+    } catch (error) {
+      log.warn({ reason: reasonOf(error) }, "what a former run kept of its peers can't be read");
+    }
+  }
+
+  /** Keeps with what a peer is to be taken away, before it is added. It is added even if that fails. */
+  #keep(key: string, { lease, commands }: NonNullable<Peer["wanted"]>): void {
+    const text = encodeAdded(lease, commands.text);
+    if (this.#kept?.get(key) === text) return;
+    try {
+      this.#world.added.put(key, text);
+      this.#kept?.set(key, text);
+    } catch (error) {
+      this.#world.log.warn(
+        { reason: reasonOf(error) },
+        `can't write down what is added for the peer ${key}: if it goes while twilld does not run, no SubnetRemoveCommand is run for it`,
+      );
+    }
+  }
+
+  /** Nothing is there of a peer any more. */
+  #drop(key: string): void {
+    try {
+      this.#world.added.remove(key);
+      this.#kept?.delete(key);
+    } catch (error) {
+      this.#world.log.warn(
+        { reason: reasonOf(error) },
+        `can't remove what is kept of the peer ${key}: the next start will run its SubnetRemoveCommand once more`,
+      );
+    }
   }
 
   /** What failed, and why, until it succeeds. */
@@ -173,6 +232,7 @@ export class Commands {
       if (command === undefined) {
         // The config has no such command: nothing to do is done at once.
         task.reset();
+        job.begin?.();
         job.done(undefined);
       } else if (task.due > now) {
         soonest = Math.min(soonest, task.due);
@@ -189,6 +249,7 @@ export class Commands {
     const commands = this.#commands;
     const { environment } = this.#world.runner;
     for (const [key, peer] of this.#peers) {
+      if (peer.unread) continue;
       if (peer.added !== undefined && !isFor(peer.wanted, peer.added))
         yield this.#removal(key, peer, peer.added);
       else if (peer.wanted === undefined && peer.added === undefined) this.#peers.delete(key);
@@ -213,10 +274,10 @@ export class Commands {
       };
     }
     if (this.#settled === "") return;
-    for (const peer of this.#peers.values()) {
+    for (const [key, peer] of this.#peers) {
       const { wanted, added } = peer;
       if (wanted !== undefined && !(added?.done === true && isFor(wanted, added)))
-        yield this.#addition(peer, wanted);
+        yield this.#addition(key, peer, wanted);
     }
   }
 
@@ -233,7 +294,8 @@ export class Commands {
     };
   }
 
-  #addition(peer: Peer, { lease, commands }: NonNullable<Peer["wanted"]>): Job {
+  #addition(key: string, peer: Peer, wanted: NonNullable<Peer["wanted"]>): Job {
+    const { lease, commands } = wanted;
     // If it fails halfway, it has to be taken away nevertheless.
     const added = (done: boolean): void => {
       peer.added = { lease, commands, done };
@@ -243,6 +305,7 @@ export class Commands {
       task: peer.task,
       what: `SubnetAddCommand for ${formatCidr(lease.subnet)}`,
       command,
+      begin: () => this.#keep(key, wanted),
       done: () => added(true),
       failed: () => {
         added(false);
@@ -258,6 +321,7 @@ export class Commands {
       command: commands.subnetRemove(lease, this.#world.runner.environment),
       done: () => {
         peer.added = undefined;
+        this.#drop(key);
         if (peer.wanted === undefined) this.#peers.delete(key);
       },
       // What is wanted in its place should not wait.
@@ -268,6 +332,7 @@ export class Commands {
   #run(job: Job, command: Command): void {
     const { log, runner } = this.#world;
     const { task, what } = job;
+    job.begin?.();
     log.debug({ argv: command.argv, environment: command.environment }, `running ${what}`);
     const { ended, stop } = runner.run(command);
     this.#stop = stop;
@@ -306,7 +371,7 @@ export class Commands {
 
 function isFor(a: Peer["wanted"], b: Peer["wanted"]): boolean {
   if (a === undefined || b === undefined) return a === b;
-  return a.commands === b.commands && sameAttributes(a.lease, b.lease);
+  return a.commands.text === b.commands.text && sameAttributes(a.lease, b.lease);
 }
 
 function tooLong(stdout: string): string | undefined {

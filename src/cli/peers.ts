@@ -2,8 +2,9 @@
 import { Argument, Command, Option } from "commander";
 import type { Reach } from "../core/image.ts";
 import { contains, formatCidr, formatIpv4, type Prefix } from "../core/ipv4.ts";
+import { decodeAdded } from "../core/lease.ts";
 import { NO_TRAFFIC, type PeerTraffic, readConfig, readRows, readTraffic } from "../edge/dataplane.ts";
-import { type PeerNote, readPeersNote, runningDaemon } from "../edge/rundir.ts";
+import { type PeerNote, readAdded, readPeersNote, runningDaemon } from "../edge/rundir.ts";
 import { interfaceNames, requireConfig } from "./common.ts";
 import { addresses, countOption } from "./filters.ts";
 import { type Column, size, type Tone, table } from "./table.ts";
@@ -13,11 +14,13 @@ import { showing, type ViewOptions } from "./view.ts";
 export interface Peer {
   readonly subnet: string;
   readonly publicIp: string;
+  /** `tunnel`, `direct` or `device`; `commands` if those of the network config have set up the way, whichever it is. */
   readonly reach: string;
-  readonly interface: string;
-  readonly nextHop: string;
-  readonly mtu: number;
-  readonly vtepMac: string;
+  /** These four are null with `commands`. */
+  readonly interface: string | null;
+  readonly nextHop: string | null;
+  readonly mtu: number | null;
+  readonly vtepMac: string | null;
   /** What the running daemon's probes say: `reachable`, `unreachable` or `unknown`; null without them. */
   readonly state: string | null;
   /** Milliseconds of a round trip, smoothed. */
@@ -46,6 +49,8 @@ export const REACHES: Readonly<Record<Reach, string>> = {
   REACH_DEVICE: "device",
 };
 
+const BY_COMMANDS = "commands";
+
 const STATES = ["reachable", "unreachable", "unknown"] as const;
 const TONES: Readonly<Record<string, Tone>> = { reachable: "good", unreachable: "bad", unknown: "notice" };
 
@@ -67,12 +72,12 @@ export function peerColumns(peers: readonly Peer[]): Column<Peer>[] {
     { head: "SUBNET", value: ({ subnet }) => subnet, key: true },
     { head: "PUBLIC IP", value: ({ publicIp }) => publicIp, key: true },
     { head: "REACH", value: ({ reach }) => reach },
-    { head: "INTERFACE", value: (peer) => peer.interface },
-    { head: "NEXT HOP", value: ({ nextHop }) => nextHop },
-    { head: "MTU", value: ({ mtu }) => mtu },
+    { head: "INTERFACE", value: (peer) => peer.interface ?? "-" },
+    { head: "NEXT HOP", value: ({ nextHop }) => nextHop ?? "-" },
+    { head: "MTU", value: ({ mtu }) => mtu ?? "-" },
     ...(peers.some(({ state }) => state !== null) ? probed : []),
     ...(peers.some(({ sent }) => sent !== null) ? counted : []),
-    { head: "VTEP MAC", value: ({ vtepMac }) => vtepMac },
+    { head: "VTEP MAC", value: ({ vtepMac }) => vtepMac ?? "-" },
   ];
 }
 
@@ -97,26 +102,32 @@ export function peersOf(
 ): Peer[] {
   const probes = probesOf(pinPath);
   const traffic = readConfig(pinPath)?.count_peers ? readTraffic(pinPath) : undefined;
-  return readRows(pinPath, "subnets4")
-    .filter((row) => {
-      if (reach !== undefined && REACHES[row.reach] !== reach) return false;
-      if (wanted === undefined || contains(wanted, row.publicIp)) return true;
-      const subnet = { address: row.subnet, length: row.prefixLength };
-      return contains(wanted, row.subnet) || contains(subnet, wanted.address);
+  const forwarded = readRows(pinPath, "subnets4").map((row) => ({
+    subnet: { address: row.subnet, length: row.prefixLength },
+    publicIp: row.publicIp,
+    way: {
+      reach: REACHES[row.reach],
+      interface: nameOf(row.ifindex),
+      nextHop: formatIpv4(row.nextHop),
+      mtu: row.mtu,
+      vtepMac: row.vtepMac,
+    },
+    counts: traffic && (traffic.get(row.publicIp) ?? NO_TRAFFIC),
+  }));
+  return [...forwarded, ...addedPeers(pinPath)]
+    .filter(({ subnet, publicIp, way }) => {
+      if (reach !== undefined && way.reach !== reach) return false;
+      if (wanted === undefined || contains(wanted, publicIp)) return true;
+      return contains(wanted, subnet.address) || contains(subnet, wanted.address);
     })
-    .sort((a, b) => a.subnet - b.subnet)
-    .map((row) => {
-      const subnet = formatCidr({ address: row.subnet, length: row.prefixLength });
-      const probe = probes.get(subnet);
-      const counts = traffic && (traffic.get(row.publicIp) ?? NO_TRAFFIC);
+    .sort((a, b) => a.subnet.address - b.subnet.address)
+    .map(({ subnet, publicIp, way, counts }) => {
+      const text = formatCidr(subnet);
+      const probe = probes.get(text);
       return {
-        subnet,
-        publicIp: formatIpv4(row.publicIp),
-        reach: REACHES[row.reach],
-        interface: nameOf(row.ifindex),
-        nextHop: formatIpv4(row.nextHop),
-        mtu: row.mtu,
-        vtepMac: row.vtepMac,
+        subnet: text,
+        publicIp: formatIpv4(publicIp),
+        ...way,
         state: probe?.state ?? null,
         rttMs: probe?.smoothedMs ?? null,
         answeredAt: probe?.answeredAt ?? null,
@@ -124,6 +135,17 @@ export function peersOf(
         received: counts?.received ?? null,
       };
     });
+}
+
+/** Those for which commands of the network config were run. */
+function addedPeers(pinPath: string) {
+  const way = { reach: BY_COMMANDS, interface: null, nextHop: null, mtu: null, vtepMac: null };
+  return [...readAdded(pinPath)].flatMap(([key, text]) => {
+    const kept = decodeAdded(key, text);
+    if ("reason" in kept) return [];
+    const { subnet, publicIp } = kept.lease;
+    return [{ subnet, publicIp, way, counts: undefined }];
+  });
 }
 
 export function command(): Command {
@@ -137,7 +159,12 @@ export function command(): Command {
     .addOption(
       new Option("--state <state>", "only those of which the daemon's probes say so").choices(STATES),
     )
-    .addOption(new Option("--reach <way>", "only those reached in this way").choices(Object.values(REACHES)))
+    .addOption(
+      new Option("--reach <way>", "only those reached in this way").choices([
+        ...Object.values(REACHES),
+        BY_COMMANDS,
+      ]),
+    )
     .addOption(countOption());
   return showing<Options, Document>(made, {
     gather({ pinPath, reach, state, count }) {

@@ -46,6 +46,8 @@ export interface BackendKind {
 
 /** Programs that stand for what a backend does. Each is undefined if there is none; `inherited` is the daemon's environment. */
 export interface BackendCommands {
+  /** The options they come from, as JSON of a network config: the same text, the same commands. */
+  readonly text: string;
   /** Before a subnet is leased. What it prints is the data of our lease. */
   preStartup(inherited: Environment): Command | undefined;
   /** When this node has a subnet. */

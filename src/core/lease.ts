@@ -73,6 +73,26 @@ export function decodeLease(key: string, value: string): Lease | Rejection {
   }
 }
 
+/** What is kept of a peer for which commands were run: its lease, and the text of the backend that has them. */
+export function encodeAdded(lease: LeaseAttributes, commands: string): string {
+  return JSON.stringify({ Lease: encodeAttributes(lease), Commands: commands });
+}
+
+/** Reads that again; `key` is that of the lease. Never throws. */
+export function decodeAdded(
+  key: string,
+  text: string,
+): { readonly lease: Lease; readonly commands: string } | Rejection {
+  try {
+    const kept = JsonObject.parse(text, "the record");
+    const lease = decodeLease(key, kept.text("Lease") ?? "");
+    return "reason" in lease ? lease : { lease, commands: kept.text("Commands") ?? "" };
+  } catch (error) {
+    if (error instanceof JsonError) return { key, reason: error.message };
+    throw error;
+  }
+}
+
 function readAttributes(record: JsonObject): LeaseAttributes {
   const publicIp = readPublicIp(record.text("PublicIP"));
   const backendType = (record.text("BackendType") ?? "").toLowerCase();

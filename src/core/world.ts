@@ -46,6 +46,16 @@ export interface Runner {
   run(command: Command): { readonly ended: Promise<Ended>; stop(): void };
 }
 
+/**
+ * What is kept of the peers for which commands were run, by the key of their lease, until it is removed: the next daemon
+ * must be able to take away what they set up. It is gone with the next start of the host, as is what they set up.
+ */
+export interface Keepsake {
+  all(): ReadonlyMap<string, string>;
+  put(key: string, text: string): void;
+  remove(key: string): void;
+}
+
 /** What the world must offer. */
 export interface World {
   readonly kernel: {
@@ -136,6 +146,7 @@ export interface World {
   claim(network: Network): string | undefined;
   /** For backends that consist of commands. */
   readonly runner: Runner;
+  readonly added: Keepsake;
 }
 
 type Written<Name extends string> =

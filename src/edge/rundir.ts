@@ -5,7 +5,8 @@
  * process id that was given out again is not taken for ours; `monitor` is the same for the one reader of events.
  * `status.json` is what the daemon last knew; it stays when the daemon ends. `peers.json` says which peers answer its
  * probes. `masquerade.json` is what the next one must know to go on with connections, `trial` which programs it need
- * not try. `claim.json` is what the daemon needs for itself: daemons of one network namespace look at each other's,
+ * not try. `added/` has a file for each peer for which commands of the network were run, with what to take it away by.
+ * `claim.json` is what the daemon needs for itself: daemons of one network namespace look at each other's,
  * one at a time.
  */
 import {
@@ -292,6 +293,33 @@ export function readTrialNote(pinPath: string): string | undefined {
 
 export function writeTrialNote(pinPath: string, trial: string): void {
   writeFileSync(join(rundirOf(pinPath), "trial"), `${trial}\n`, { mode: 0o644 });
+}
+
+/** What is kept of the peers for which commands were run, by the key of their lease. */
+export function readAdded(pinPath: string): ReadonlyMap<string, string> {
+  const directory = join(rundirOf(pinPath), "added");
+  const names = existsSync(directory) ? readdirSync(directory) : [];
+  // What a daemon was about to write when it died has another ending.
+  const keys = names.filter((name) => !name.endsWith(".new"));
+  return new Map(
+    keys.flatMap((key) => {
+      const text = readIfThere(join(directory, key));
+      return text === undefined ? [] : [[key, text] as const];
+    }),
+  );
+}
+
+export function writeAdded(pinPath: string, key: string, text: string): void {
+  const directory = join(rundirOf(pinPath), "added");
+  mkdirSync(directory, { recursive: true, mode: 0o755 });
+  const path = join(directory, key);
+  // Commands may hold what not everybody is to know.
+  writeFileSync(`${path}.new`, text, { mode: 0o600 });
+  renameSync(`${path}.new`, path);
+}
+
+export function removeAdded(pinPath: string, key: string): void {
+  rmSync(join(rundirOf(pinPath), "added", key), { force: true });
 }
 
 export function removeRundir(pinPath: string): void {

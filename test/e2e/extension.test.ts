@@ -98,6 +98,32 @@ describe("routes", () => {
     expect((await ping.stop()).lost).toEqual([]);
   });
 
+  test("twill peers and twill status list those that commands have added", async () => {
+    const { pinPath } = hostAt(0);
+    const { peers } = JSON.parse(await twill(hostAt(0), "peers", "--json", `--pin-path=${pinPath}`)) as {
+      peers: object[];
+    };
+    expect(peers).toMatchObject([
+      { subnet: "172.7.22.0/24", publicIp: "10.4.7.22", reach: "commands", interface: null, mtu: null },
+    ]);
+    expect(await twill(hostAt(0), "status", `--pin-path=${pinPath}`)).toMatch(
+      /peers \(1\)\n.*\n172\.7\.22\.0\/24 +10\.4\.7\.22 +commands +- /,
+    );
+    const named = await twill(hostAt(0), "peers", "172.7.22.9", "--reach=commands", `--pin-path=${pinPath}`);
+    expect(named).toContain("10.4.7.22");
+  });
+
+  test("a peer that goes while no daemon runs takes its route with it at the next start", async () => {
+    const key = `${PREFIX}/subnets/172.7.97.0-24`;
+    await etcd.put(key, '{"PublicIP":"10.4.7.97","PublicIPv6":null,"BackendType":"extension"}');
+    expect(await routeTo(0, "172.7.97.0/24")).toBe("172.7.97.0/24 via 10.4.7.97 dev eth0");
+    await twilldAt(0).stop("SIGKILL");
+    await etcd.ctl("del", key);
+    twillds[0] = await startTwilld(hostAt(0), { etcd });
+    await until("the route to be gone", async () => !(await routes(0)).includes("172.7.97.0"));
+    expect(await routeTo(0, "172.7.22.0/24")).toBe("172.7.22.0/24 via 10.4.7.22 dev eth0");
+  });
+
   test("a peer that goes takes its route with it", async () => {
     await etcd.put(
       `${PREFIX}/subnets/172.7.99.0-24`,

@@ -923,6 +923,8 @@ export class Node {
   objection: string | undefined;
   /** Commands that were run, in order, and what each comes to; undefined while it goes on. */
   readonly commands: Command[] = [];
+  /** What is kept of the peers for which commands were run. */
+  readonly added = new Map<string, string>();
   endOf: (command: Command) => Partial<Ended> | undefined = () => ({});
   /** Commands that are running. */
   readonly running: (() => void)[] = [];
@@ -1029,6 +1031,11 @@ export class Node {
             });
             return { ended, stop: () => undefined };
           },
+        },
+        added: {
+          all: () => this.added,
+          put: (key, text) => this.added.set(key, text),
+          remove: (key) => this.added.delete(key),
         },
         ...(this.openProber === undefined ? {} : { openProber: this.openProber }),
       },

@@ -12,7 +12,7 @@ import {
 } from "../backend.ts";
 import { type Command, CommandError, splitWords } from "../command.ts";
 import { formatCidr, formatIpv4 } from "../ipv4.ts";
-import { JsonError, type JsonObject } from "../json.ts";
+import { JsonError, JsonObject } from "../json.ts";
 
 const NAMES = ["PreStartupCommand", "PostStartupCommand", "SubnetAddCommand", "SubnetRemoveCommand"] as const;
 type Name = (typeof NAMES)[number];
@@ -79,6 +79,11 @@ export function extension(backend: ExtensionBackend): BackendKind {
   };
 }
 
+/** The commands that have this `text`. Throws JsonError. */
+export function commandsFrom(text: string): BackendCommands {
+  return commandsOf(readExtension(JsonObject.parse(text, "the backend")));
+}
+
 function commandsOf({ commands, shell, timeoutSeconds }: ExtensionBackend): BackendCommands {
   const commandOf = (
     name: Name,
@@ -95,6 +100,7 @@ function commandsOf({ commands, shell, timeoutSeconds }: ExtensionBackend): Back
     return { name, argv, environment: own, input: `${input}\n`, timeoutMs: timeoutSeconds * 1000 };
   };
   return {
+    text: JSON.stringify({ Type: "extension", ...commands, Shell: shell, Timeout: timeoutSeconds }),
     preStartup: (inherited) => commandOf("PreStartupCommand", {}, inherited),
     postStartup: ({ network, subnet, publicIp }, inherited) =>
       commandOf(
