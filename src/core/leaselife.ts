@@ -14,6 +14,8 @@
  * both own a subnet. Losing the lease does not stop forwarding: `subnet` stays in use until another is ours.
  * A key that was deleted, ran out or was lost by the store is taken again. But if somebody revoked the etcd lease
  * beneath it before its time, the subnet is given up for another: that is how an operator takes it from a node.
+ * One that was left because the config named another network is taken again when the config comes back to it: pods may
+ * still have its addresses.
  * Time is milliseconds of any clock that does not jump, and that does not stop while the host sleeps.
  */
 import { formatCidr, formatIpv4, type Ipv4, networkOf, type Prefix, sizeOf } from "./ipv4.ts";
@@ -149,6 +151,8 @@ export interface LeaseLife {
   readonly doubted: string | undefined;
   /** `subnet` was revoked by hand: it is ours again only if no other is free. */
   readonly isRevoked: boolean;
+  /** The subnets that were ours in this run and did not fit a later config, the latest first. */
+  readonly left: readonly Prefix[];
   readonly phase: Phase;
   readonly collisions: number;
   readonly news: News | undefined;
@@ -184,6 +188,7 @@ export function newLeaseLife(terms: LeaseTerms): LeaseLife {
     granted: undefined,
     doubted: undefined,
     isRevoked: false,
+    left: [],
     phase: { kind: "idle" },
     collisions: 0,
     news: undefined,
@@ -206,8 +211,8 @@ export function isCompatible(network: Network, subnet: Prefix): boolean {
 /**
  * What to do with what is there: our own record is taken over if the config still allows it (the previous
  * subnet first) and deleted if not, unless it is a reservation, which is the operator's; else the previous
- * subnet if it is free; else a free one, each equally likely, so that nodes starting together seldom meet; and
- * the one to be shunned only if it is the last.
+ * subnet if it is free, or one that was left; else a free one, each equally likely, so that nodes starting together
+ * seldom meet; and the one to be shunned only if it is the last.
  */
 export function decide(
   wish: {
@@ -217,11 +222,13 @@ export function decide(
     /** A former public address: the record of the previous subnet is ours under that as well. */
     readonly formerIp?: Ipv4 | undefined;
     readonly shunned?: Prefix | undefined;
+    /** Subnets that were ours before the previous one, the latest first. */
+    readonly left?: readonly Prefix[];
   },
   records: readonly StoredRecord[],
   random: number,
 ): Decision {
-  const { network, publicIp, previous, shunned } = wish;
+  const { network, publicIp, previous, shunned, left = [] } = wish;
   const ours = [publicIp, ...(wish.formerIp === undefined ? [] : [wish.formerIp])].map(formatIpv4);
   const taken: Prefix[] = [];
   const own: { record: StoredRecord; subnet: Prefix }[] = [];
@@ -241,9 +248,10 @@ export function decide(
   const stale = own.find(({ record }) => record.leaseId !== "0");
   if (stale !== undefined) return { kind: "delete", record: stale.record };
   const free = new FreeSubnets(network, taken);
-  if (previous !== undefined && isCompatible(network, previous) && free.includes(previous)) {
-    return { kind: "create", subnet: { address: previous.address, length: previous.length } };
-  }
+  const former = [...(previous === undefined ? [] : [previous]), ...left];
+  const again = former.find((each) => isCompatible(network, each) && free.includes(each));
+  if (again !== undefined)
+    return { kind: "create", subnet: { address: again.address, length: again.length } };
   const others = shunned === undefined ? free : new FreeSubnets(network, [...taken, shunned]);
   const subnet = others.pick(random) ?? free.pick(random);
   return subnet === undefined ? { kind: "exhausted" } : { kind: "create", subnet };
@@ -386,11 +394,11 @@ class Step {
 
   #decide(records: readonly StoredRecord[], random: number, isGone: boolean): void {
     this.#resolve(isGone);
-    const { network, attributes, subnet, publishedIp: formerIp, isRevoked } = this.life;
+    const { network, attributes, subnet, publishedIp: formerIp, isRevoked, left } = this.life;
     const { publicIp } = attributes;
     const wish = isRevoked
       ? { network, publicIp, previous: undefined, shunned: subnet }
-      : { network, publicIp, previous: subnet, formerIp };
+      : { network, publicIp, previous: subnet, formerIp, left };
     const decision = decide(wish, records, random);
     switch (decision.kind) {
       case "adopt": {
@@ -454,11 +462,13 @@ class Step {
 
   /** The subnet is ours: says so if that is news, and looks ahead. */
   #own(subnet: Prefix, expires: number | undefined): void {
-    const { inUse, subnet: former, held } = this.life;
+    const { network, inUse, subnet: former, held, isRevoked, left } = this.life;
     const publishedIp = held === undefined ? undefined : ownerOf(held);
     const isNew = !inUse || former === undefined || !same(former, subnet);
+    if (inUse && former !== undefined && !isRevoked && !isCompatible(network, former))
+      this.#set({ left: [former, ...left.filter((each) => !same(each, subnet))] });
     this.#set({ subnet, expires, publishedIp, collisions: 0, isRevoked: false });
-    if (!isCompatible(this.life.network, subnet)) {
+    if (!isCompatible(network, subnet)) {
       this.#unfit(subnet);
       return;
     }

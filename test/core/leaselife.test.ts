@@ -901,6 +901,30 @@ describe("the network changes", () => {
     expect(kinds(node)).toEqual(["acquired", "lost", "lost", "moved"]);
   });
 
+  test("and comes back: the subnet before is taken again, unless another node has it", () => {
+    const { world, node } = held("10.3.7.0-24");
+    const other = network({ Network: "10.8.0.0/20", SubnetLen: 24 });
+    for (const each of [SMALL, other, SMALL, NET]) {
+      node.random = 0.5;
+      node.send({ kind: "network", network: each });
+      world.settle();
+    }
+    expect(node.uses).toEqual([
+      "10.3.7.0/24",
+      expect.stringMatching(/^10\.9\./),
+      expect.stringMatching(/^10\.8\./),
+      node.uses[1],
+      "10.3.7.0/24",
+    ]);
+    node.send({ kind: "network", network: SMALL });
+    world.settle();
+    world.put("10.3.7.0-24", published("10.0.0.2"), 0);
+    node.random = 0;
+    node.send({ kind: "network", network: NET });
+    world.settle();
+    expect([node.subnet, world.keys]).toEqual(["10.3.1.0/24", ["10.3.1.0-24", "10.3.7.0-24"]]);
+  });
+
   test("while a write is under way: what was written is not used", () => {
     const world = new World();
     const node = world.node("10.0.0.1").start();
