@@ -51,7 +51,7 @@ __noinline int report(struct __sk_buff *skb, __u32 hook, __u32 verdict)
 	struct budget *budget;
 	struct watch *watching;
 	struct event *event;
-	__u64 now, captured = skb->len;
+	__u64 now, last = skb->len - 1ULL;
 	__u32 only = 0;
 
 	watching = bpf_map_lookup_elem(&watch, &only);
@@ -76,15 +76,16 @@ __noinline int report(struct __sk_buff *skb, __u32 hook, __u32 verdict)
 	event->ifindex = skb->ifindex;
 	event->hook = hook;
 	event->verdict = verdict;
-	event->length = captured;
+	event->length = skb->len;
 	__builtin_memset(event->pad, 0, sizeof(event->pad));
-	/* In a way that the verifier follows: the compiler may not know what it is. */
-	if (captured > EVENT_BYTES)
-		captured = EVENT_BYTES;
-	asm volatile("" : "+r"(captured));
-	if (captured && bpf_skb_load_bytes(skb, 0, event->bytes, captured))
-		captured = 0;
-	event->captured = captured;
+	/*
+	 * Up to the last byte: verifiers before Linux 6.8 do not learn from a comparison with 0 that there is at least
+	 * one. The compiler may not know what it is, or it does this in a way that they do not follow.
+	 */
+	if (last >= EVENT_BYTES)
+		last = EVENT_BYTES - 1;
+	asm volatile("" : "+r"(last));
+	event->captured = bpf_skb_load_bytes(skb, 0, event->bytes, last + 1) ? 0 : last + 1;
 	bpf_ringbuf_submit(event, 0);
 	return 0;
 }

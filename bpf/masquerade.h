@@ -84,6 +84,20 @@ static __always_inline __u32 pod_flow_hash(const struct pod_flow4 *flow)
 	return spread(hash ^ (((__u32)flow->pod_port << 16) | flow->remote_port)) + flow->protocol;
 }
 
+/* A flow in scalars, which is all that a function verified on its own may take on every kernel. */
+static __always_inline void unpack_flow4(struct pod_flow4 *flow, __u32 pod, __u32 remote, __u32 ports,
+					 __u32 kind)
+{
+	flow->pod = pod;
+	flow->remote = remote;
+	flow->pod_port = ports;
+	flow->remote_port = ports >> 16;
+	flow->protocol = kind;
+	flow->tcp_flags = kind >> 8;
+	flow->free_port = has_free_port(flow->protocol, flow->pod_port);
+	flow->header = kind >> 16;
+}
+
 /* The port that the flow has outside if it is the candidate number `index`. */
 static __always_inline __be16 candidate_port(const struct pod_flow4 *flow, __u32 hash, __u32 index)
 {
@@ -93,6 +107,19 @@ static __always_inline __be16 candidate_port(const struct pod_flow4 *flow, __u32
 	if (!index && (!flow->free_port || (port >= config.masq_port_min && port <= config.masq_port_max)))
 		return flow->pod_port;
 	return bpf_htons(config.masq_port_min + (__u16)((spread(hash + index * 0x9e3779b9) * ports) >> 32));
+}
+
+/*
+ * The same for loops, with the index above it, in the upper half. Not static: the verifier looks at it on its own, and
+ * takes what it returns for any number, so that a loop has not one state for each way through it, nor for each index that
+ * it may have remembered; verifiers before Linux 6.2 would give up.
+ */
+__noinline int next_candidate4(__u32 port, __u32 kind, __u32 hash, __u32 index)
+{
+	struct pod_flow4 flow;
+
+	unpack_flow4(&flow, 0, 0, port, kind);
+	return candidate_port(&flow, hash, index) | index << 16;
 }
 
 static __always_inline __u32 bucket_of(__u32 hash)
@@ -118,20 +145,6 @@ static __always_inline int is_of_flow4(const struct connection4 *connection, con
 	return !differ && connection->state != CONNECTION_GONE;
 }
 
-/* A flow in scalars, which is all that a function verified on its own may take on every kernel. */
-static __always_inline void unpack_flow4(struct pod_flow4 *flow, __u32 pod, __u32 remote, __u32 ports,
-					 __u32 kind)
-{
-	flow->pod = pod;
-	flow->remote = remote;
-	flow->pod_port = ports;
-	flow->remote_port = ports >> 16;
-	flow->protocol = kind;
-	flow->tcp_flags = kind >> 8;
-	flow->free_port = has_free_port(flow->protocol, flow->pod_port);
-	flow->header = kind >> 16;
-}
-
 static __always_inline __u32 ports_of(const struct pod_flow4 *flow)
 {
 	return flow->pod_port | ((__u32)flow->remote_port << 16);
@@ -144,7 +157,7 @@ static __always_inline __u32 kind_of(const struct pod_flow4 *flow)
 
 /*
  * What the timestamp option of the TCP header at `at` says of its sender's clock (RFC 7323, section 3.2), or 0 without
- * one. Not static for the same reason as find_port4.
+ * one, or without a header, where `at` is 0. Not static for the same reason as find_port4.
  */
 __noinline int tcp_time4(struct __sk_buff *skb, __u32 at)
 {
@@ -152,7 +165,7 @@ __noinline int tcp_time4(struct __sk_buff *skb, __u32 at)
 	__be32 time;
 	__u32 end;
 
-	if (bpf_skb_load_bytes(skb, at + TCP_LENGTH, &length, sizeof(length)))
+	if (!at || bpf_skb_load_bytes(skb, at + TCP_LENGTH, &length, sizeof(length)))
 		return 0;
 	end = at + (length >> 4) * 4;
 	at += sizeof(struct tcphdr);
@@ -169,11 +182,13 @@ __noinline int tcp_time4(struct __sk_buff *skb, __u32 at)
 	return 0;
 }
 
-static __always_inline __u32 tcp_sequence4(struct __sk_buff *skb, __u32 at)
+/* Likewise its sequence number. */
+__noinline int tcp_sequence4(struct __sk_buff *skb, __u32 at)
 {
 	__be32 sequence = 0;
 
-	bpf_skb_load_bytes(skb, at + TCP_SEQUENCE, &sequence, sizeof(sequence));
+	if (at)
+		bpf_skb_load_bytes(skb, at + TCP_SEQUENCE, &sequence, sizeof(sequence));
 	return bpf_ntohl(sequence);
 }
 
@@ -181,15 +196,16 @@ static __always_inline __u32 tcp_sequence4(struct __sk_buff *skb, __u32 at)
  * Whether the remote will take a SYN with this sequence number and time for the begin of a connection, though there was
  * another one under the same name. An end that closed first remembers it for a minute or more, and believes only what
  * is later (RFC 1122, section 4.2.2.13, and RFC 6191). Within one pod the kernel sees to that; here it is one pod after
- * another, or ports of a pod, whose sequence numbers and clocks have nothing to do with each other.
+ * another, or ports of a pod, whose sequence numbers and clocks have nothing to do with each other. Not
+ * static for the same reason as next_candidate4.
  */
-static __always_inline int may_follow(const struct connection4 *ended, __u32 sequence, __u32 time)
+__noinline int may_follow4(__u32 pod_fin, __u32 end_sequence, __u32 end_time, __u32 sequence, __u32 time)
 {
-	if (!ended->pod_fin)
+	if (!pod_fin)
 		return 1;
-	if (time && ended->end_time)
-		return (__s32)(time - ended->end_time) > 0;
-	return (__s32)(sequence - ended->end_sequence) > 0;
+	if (time && end_time)
+		return (__s32)(time - end_time) > 0;
+	return (__s32)(sequence - end_sequence) > 0;
 }
 
 /*
@@ -217,7 +233,7 @@ __noinline int find_port4(__u32 pod, __u32 remote, __u32 ports, __u32 kind, __u3
 	for (__u32 i = 0; i < CANDIDATES_MAX; i++) {
 		if (i > furthest)
 			break;
-		key.port = candidate_port(&flow, hash, furthest - i);
+		key.port = next_candidate4(ports, kind, hash, furthest - i);
 		connection = bpf_map_lookup_elem(&connections4, &key);
 		if (connection && is_of_flow4(connection, &flow))
 			return key.port;
@@ -266,20 +282,24 @@ find_connection4(const struct pod_flow4 *flow, const struct uplink4 *uplink, str
 	return bpf_map_lookup_elem(&connections4, key);
 }
 
-/* A socket of this node that speaks under the name of the connection, or listens there. */
-static __always_inline int is_host_socket4(struct __sk_buff *skb, const struct connection_key4 *key)
+/*
+ * A socket of this node that speaks under the name of the connection, or listens there. `ports` are that under the
+ * address, and the remote's above it. Not static for the same reason as next_candidate4.
+ */
+__noinline int is_host_socket4(struct __sk_buff *skb, __u32 address, __u32 remote, __u32 ports,
+			       __u32 protocol)
 {
-	struct bpf_sock_tuple tuple = {};
+	/* The part of struct bpf_sock_tuple that is IPv4's. */
+	struct {
+		__be32 saddr, daddr;
+		__be16 sport, dport;
+	} tuple = {.saddr = remote, .daddr = address, .sport = ports >> 16, .dport = ports};
 	struct bpf_sock *socket;
 
-	tuple.ipv4.saddr = bytes4(key->remote);
-	tuple.ipv4.daddr = bytes4(key->address);
-	tuple.ipv4.sport = key->remote_port;
-	tuple.ipv4.dport = key->port;
-	if (key->protocol == IPPROTO_TCP)
-		socket = bpf_sk_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
-	else if (key->protocol == IPPROTO_UDP)
-		socket = bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
+	if (protocol == IPPROTO_TCP)
+		socket = bpf_sk_lookup_tcp(skb, (void *)&tuple, sizeof(tuple), BPF_F_CURRENT_NETNS, 0);
+	else if (protocol == IPPROTO_UDP)
+		socket = bpf_sk_lookup_udp(skb, (void *)&tuple, sizeof(tuple), BPF_F_CURRENT_NETNS, 0);
 	else
 		return 0;
 	if (!socket)
@@ -288,60 +308,73 @@ static __always_inline int is_host_socket4(struct __sk_buff *skb, const struct c
 	return 1;
 }
 
-/* One row more in the bucket, at most `index` along its flow's candidates. Before the row itself. */
-static __always_inline void raise_probe(struct probe *probe, __u16 index)
+/*
+ * One row more in the bucket, at most `index` along its flow's candidates. Before the row itself. Not static, as what
+ * follows, for the same reason as next_candidate4.
+ */
+__noinline int raise_probe(__u32 bucket, __u32 index)
 {
+	struct probe *probe = bpf_map_lookup_elem(&probes4, &bucket);
+
+	if (!probe)
+		return 0;
 	bpf_spin_lock(&probe->lock);
 	if (probe->furthest < index)
 		probe->furthest = index;
 	probe->rows++;
 	bpf_spin_unlock(&probe->lock);
+	return 0;
 }
 
 /* One row less, which is gone. */
-static __always_inline void lower_probe(__u32 bucket)
+__noinline int lower_probe(__u32 bucket)
 {
-	struct probe *probe;
+	struct probe *probe = bpf_map_lookup_elem(&probes4, &bucket);
 
-	if (bucket == NO_BUCKET)
-		return;
-	probe = bpf_map_lookup_elem(&probes4, &bucket);
+	/* NO_BUCKET is none. */
 	if (!probe)
-		return;
+		return 0;
 	bpf_spin_lock(&probe->lock);
 	if (probe->rows)
 		probe->rows--;
 	if (!probe->rows)
 		probe->furthest = 0;
 	bpf_spin_unlock(&probe->lock);
+	return 0;
 }
 
 /* Has the row looked after by `expire`. Without that it would stay for ever: it is taken back. */
-static __always_inline int watch_connection4(const struct connection_key4 *key)
+static __always_inline int watch_connection4(const struct expiring4 *entry)
 {
-	struct expiring4 entry = {.key = *key, .round = 0};
-
-	if (!bpf_map_push_elem(&expiring4, &entry, 0))
+	if (!bpf_map_push_elem(&expiring4, entry, 0))
 		return 0;
-	bpf_map_delete_elem(&connections4, key);
+	bpf_map_delete_elem(&connections4, &entry->key);
 	return -1;
 }
 
 /* Tells `sweep` that there is no room: it then takes closed connections first. */
-static __always_inline void press(void)
+__noinline int press(void)
 {
 	__u32 only = 0;
 	struct expiry *state = bpf_map_lookup_elem(&expiry, &only);
 
 	if (state)
 		state->pressed = PRESSED_FULL;
+	return 0;
+}
+
+/* Of a connection whose first packet has these flags. Without a branch: the verifier would follow both to the end. */
+static __always_inline __u8 first_state(__u8 tcp_flags)
+{
+	_Static_assert(CONNECTION_NEW == 0 && TCP_RST == 4, "the state is a flag times a number");
+	return (tcp_flags & TCP_RST) / TCP_RST * CONNECTION_CLOSED;
 }
 
 static __always_inline void new_connection4(struct connection4 *row, const struct pod_flow4 *flow,
 					    __u32 ifindex, __u32 bucket)
 {
 	__builtin_memset(row, 0, sizeof(*row));
-	row->state = flow->tcp_flags & TCP_RST ? CONNECTION_CLOSED : CONNECTION_NEW;
+	row->state = first_state(flow->tcp_flags);
 	__builtin_memcpy(row->pod, &flow->pod, sizeof(flow->pod));
 	row->pod_port = flow->pod_port;
 	row->ifindex = ifindex;
@@ -349,10 +382,10 @@ static __always_inline void new_connection4(struct connection4 *row, const struc
 	row->seen_ns = row->since_ns = bpf_ktime_get_ns();
 }
 
-/* What open_port4 returns where it opened nothing: why, and at which candidate a connection has ended, or -1. */
-static __always_inline int refused(enum verdict why, int ended)
+/* What open_port4 returns where it opened nothing: why, and at which candidate a connection has ended, if there is one. */
+static __always_inline int refused(enum verdict why, __u32 ended)
 {
-	return -(why | (ended + 1) << 8);
+	return -(why | ended << 8);
 }
 
 static __always_inline enum verdict why_refused(int result)
@@ -360,9 +393,9 @@ static __always_inline enum verdict why_refused(int result)
 	return -result & 0xff;
 }
 
-static __always_inline int ended_candidate(int result)
+static __always_inline __u32 ended_candidate(int result)
 {
-	return (-result >> 8) - 1;
+	return (__u32)-result >> 8;
 }
 
 /*
@@ -378,68 +411,70 @@ __noinline int open_port4(struct __sk_buff *skb, __u32 pod, __u32 remote, __u32 
 	__u32 ifindex = skb->ifindex, hash, bucket;
 	enum verdict why = VERDICT_DROP_MASQ_PORTS;
 	struct connection4 row, *connection;
-	__u32 sequence = 0, time = 0;
+	__u32 tcp, sequence, time;
 	__u64 ended_ns, when;
-	struct connection_key4 key;
+	struct expiring4 entry = {};
+	struct connection_key4 *key = &entry.key;
 	struct pod_flow4 flow;
 	struct uplink4 *uplink;
-	struct probe *probe;
-	int ended = -1;
+	__u32 ended, candidate;
 	long error;
 
 	unpack_flow4(&flow, pod, remote, ports, kind);
 	hash = pod_flow_hash(&flow);
 	bucket = bucket_of(hash);
-	probe = bpf_map_lookup_elem(&probes4, &bucket);
 	uplink = bpf_map_lookup_elem(&uplinks4, &ifindex);
-	if (!probe || !uplink)
-		return refused(why, ended);
+	if (!uplink)
+		return refused(why, CANDIDATES_MAX);
 	new_connection4(&row, &flow, ifindex, bucket);
-	connection_key4(&key, &flow, bytes4(uplink->address), 0);
-	if (flow.protocol == IPPROTO_TCP) {
-		sequence = tcp_sequence4(skb, ETH_HLEN + flow.header);
-		time = tcp_time4(skb, ETH_HLEN + flow.header);
-	}
-	/* Nothing has ended later. And the verifier does not know the value: it would follow each through the loop. */
+	connection_key4(key, &flow, bytes4(uplink->address), 0);
+	tcp = flow.protocol == IPPROTO_TCP ? ETH_HLEN + flow.header : 0;
+	sequence = tcp_sequence4(skb, tcp);
+	time = tcp_time4(skb, tcp);
+	/* Nothing has ended later. The verifier knows neither value: it would follow each through the loop. */
 	ended_ns = row.seen_ns + UNFIT_NS;
+	ended = next_candidate4(ports, kind, hash, CANDIDATES_MAX) >> 16;
 	for (__u32 i = 0; i < CANDIDATES_MAX; i++) {
 		if (i && !flow.free_port)
 			break;
 		if (i >= CANDIDATES_NEAR && (__s64)(row.seen_ns - ended_ns) > (__s64)ENDED_NS)
 			break;
-		key.port = candidate_port(&flow, hash, i);
-		connection = bpf_map_lookup_elem(&connections4, &key);
+		candidate = next_candidate4(ports, kind, hash, i);
+		key->port = candidate;
+		connection = bpf_map_lookup_elem(&connections4, key);
 		if (connection) {
 			if (is_of_flow4(connection, &flow))
-				return key.port;
+				return key->port;
 			when = connection->seen_ns;
-			if (!may_follow(connection, sequence, time))
+			if (!may_follow4(connection->pod_fin, connection->end_sequence, connection->end_time,
+					 sequence, time))
 				when += UNFIT_NS;
 			if (connection->state == CONNECTION_CLOSED && when < ended_ns) {
 				ended_ns = when;
-				ended = i;
+				ended = candidate >> 16;
 			}
 			continue;
 		}
 		if (why == VERDICT_DROP_MASQ_FULL)
 			continue;
-		if (key.protocol == IPPROTO_UDP && key.port == config.tunnel_port)
+		if (key->protocol == IPPROTO_UDP && key->port == config.tunnel_port)
 			continue;
-		if (is_host_socket4(skb, &key))
+		if (is_host_socket4(skb, bytes4(key->address), remote,
+				    key->port | (__u32)key->remote_port << 16, key->protocol))
 			continue;
-		raise_probe(probe, i);
-		error = bpf_map_update_elem(&connections4, &key, &row, BPF_NOEXIST);
-		if (!error && !watch_connection4(&key))
-			return key.port;
+		raise_probe(bucket, i);
+		error = bpf_map_update_elem(&connections4, key, &row, BPF_NOEXIST);
+		if (!error && !watch_connection4(&entry))
+			return key->port;
 		lower_probe(bucket);
 		if (error != -EEXIST) {
 			press();
 			why = VERDICT_DROP_MASQ_FULL;
 			continue;
 		}
-		connection = bpf_map_lookup_elem(&connections4, &key);
+		connection = bpf_map_lookup_elem(&connections4, key);
 		if (connection && is_of_flow4(connection, &flow))
-			return key.port;
+			return key->port;
 	}
 	return refused(why, ended);
 }
@@ -455,22 +490,20 @@ __noinline int take_over_port4(struct __sk_buff *skb, __u32 pod, __u32 remote, _
 	struct connection_key4 key;
 	struct pod_flow4 flow;
 	struct uplink4 *uplink;
-	struct probe *probe;
 	int taken = 0;
 
 	unpack_flow4(&flow, pod, remote, ports, kind);
 	hash = pod_flow_hash(&flow);
 	bucket = bucket_of(hash);
-	probe = bpf_map_lookup_elem(&probes4, &bucket);
 	uplink = bpf_map_lookup_elem(&uplinks4, &ifindex);
-	if (!probe || !uplink)
+	if (!uplink)
 		return -1;
 	connection_key4(&key, &flow, bytes4(uplink->address), candidate_port(&flow, hash, index));
 	connection = bpf_map_lookup_elem(&connections4, &key);
 	if (!connection)
 		return -1;
 	new_connection4(&row, &flow, ifindex, bucket);
-	raise_probe(probe, index);
+	raise_probe(bucket, index);
 	bpf_spin_lock(&connection->lock);
 	if (connection->state == CONNECTION_CLOSED) {
 		former_bucket = connection->bucket;
@@ -503,17 +536,17 @@ static __always_inline struct connection4 *open_connection4(struct __sk_buff *sk
 	*verdict = VERDICT_DROP_MASQ_PORTS;
 	/* Once more if another processor was faster with the one that had ended. */
 	for (int i = 0; i < 2; i++) {
-		int ended;
+		__u32 ended;
 
 		port = open_port4(skb, flow->pod, flow->remote, ports_of(flow), kind_of(flow));
 		if (port >= 0)
 			break;
 		*verdict = why_refused(port);
 		ended = ended_candidate(port);
-		if (ended < 0)
+		if (ended >= CANDIDATES_MAX)
 			return 0;
 		port = take_over_port4(skb, flow->pod, flow->remote, ports_of(flow),
-				       kind_of(flow) | (__u32)ended << 24);
+				       kind_of(flow) | ended << 24);
 		if (port >= 0)
 			break;
 	}
@@ -769,7 +802,7 @@ static __always_inline struct connection4 *inbound_connection4(const struct pod_
 /* A packet from outside for a pod at its own address: the pod's replies are to keep it. */
 static __always_inline void note_inbound4(struct __sk_buff *skb, const struct packet4 *packet)
 {
-	struct connection_key4 key;
+	struct expiring4 entry = {};
 	struct connection4 row, *connection;
 	struct pod_flow4 flow;
 
@@ -786,9 +819,9 @@ static __always_inline void note_inbound4(struct __sk_buff *skb, const struct pa
 	new_connection4(&row, &flow, skb->ifindex, NO_BUCKET);
 	row.replied = 1;
 	row.on_stack = 1;
-	connection_key4(&key, &flow, flow.pod, flow.pod_port);
-	if (!bpf_map_update_elem(&connections4, &key, &row, BPF_NOEXIST))
-		watch_connection4(&key);
+	connection_key4(&entry.key, &flow, flow.pod, flow.pod_port);
+	if (!bpf_map_update_elem(&connections4, &entry.key, &row, BPF_NOEXIST))
+		watch_connection4(&entry);
 }
 
 /*
@@ -1304,38 +1337,45 @@ __noinline int candidate_index4(__u32 pod, __u32 remote, __u32 ports, __u32 kind
 	unpack_flow4(&flow, pod, remote, ports, kind);
 	hash = pod_flow_hash(&flow);
 	for (__u32 i = 0; i < CANDIDATES_MAX; i++)
-		if (candidate_port(&flow, hash, i) == (__be16)port)
+		if ((__be16)next_candidate4(ports, kind, hash, i) == (__be16)port)
 			return i;
 	return CANDIDATES_MAX;
 }
 
-/* Takes a row of a former table into this one, unless its flow could not be found there. */
-static __always_inline void restore_connection4(struct saved4 *saved)
+/*
+ * Takes a row of a former table, at `at` of the packet, into this one, unless its flow could not be found there. Returns
+ * whether there was one. Not static for the same reason as next_candidate4.
+ */
+__noinline int restore_next4(struct __sk_buff *skb, __u32 at)
 {
-	struct connection4 *row = &saved->connection;
 	struct pod_flow4 flow = {};
-	struct probe *probe;
+	struct connection4 *row;
+	struct expiring4 entry = {};
+	struct saved4 saved;
 	__u32 index;
 
+	if (bpf_skb_load_bytes(skb, at, &saved, sizeof(saved)))
+		return 0;
+	row = &saved.connection;
+	entry.key = saved.key;
 	flow.pod = bytes4(row->pod);
-	flow.remote = bytes4(saved->key.remote);
+	flow.remote = bytes4(saved.key.remote);
 	flow.pod_port = row->pod_port;
-	flow.remote_port = saved->key.remote_port;
-	flow.protocol = saved->key.protocol;
+	flow.remote_port = saved.key.remote_port;
+	flow.protocol = saved.key.protocol;
 	if (row->bucket == NO_BUCKET) {
-		if (!bpf_map_update_elem(&connections4, &saved->key, row, BPF_NOEXIST))
-			watch_connection4(&saved->key);
-		return;
+		if (!bpf_map_update_elem(&connections4, &saved.key, row, BPF_NOEXIST))
+			watch_connection4(&entry);
+		return 1;
 	}
 	row->bucket = bucket_of(pod_flow_hash(&flow));
-	probe = bpf_map_lookup_elem(&probes4, &row->bucket);
-	index = candidate_index4(flow.pod, flow.remote, ports_of(&flow), kind_of(&flow), saved->key.port);
-	if (!probe || index >= CANDIDATES_MAX)
-		return;
-	raise_probe(probe, index);
-	if (bpf_map_update_elem(&connections4, &saved->key, row, BPF_NOEXIST) ||
-	    watch_connection4(&saved->key))
+	index = candidate_index4(flow.pod, flow.remote, ports_of(&flow), kind_of(&flow), saved.key.port);
+	if (index >= CANDIDATES_MAX)
+		return 1;
+	raise_probe(row->bucket, index);
+	if (bpf_map_update_elem(&connections4, &saved.key, row, BPF_NOEXIST) || watch_connection4(&entry))
 		lower_probe(row->bucket);
+	return 1;
 }
 
 /*
@@ -1372,7 +1412,10 @@ static __always_inline void take_census4(struct census4 *census, __u8 protocol, 
 					       : 3;
 	struct probe *probe;
 
-	counts[(row << 2 | (state & 3)) & 15]++;
+	row = row << 2 | (state & 3);
+	/* What the compiler knows to be below 16, the verifier is to see as well. */
+	asm volatile("" : "+r"(row));
+	counts[row & 15]++;
 	if (bucket == NO_BUCKET)
 		return;
 	probe = bpf_map_lookup_elem(&probes4, &bucket);
@@ -1392,53 +1435,60 @@ static __always_inline __u32 connections_of(const struct census4 *census)
 	return sum;
 }
 
+/*
+ * Looks at the connection that comes next, once a round, and removes it if it has ended. Returns whether all have been
+ * looked at. Not static for the same reason as next_candidate4.
+ */
+__noinline int sweep_next4(__u64 now)
+{
+	__u32 only = 0, which = CENSUS_NEXT, bucket = NO_BUCKET;
+	struct expiry *state = bpf_map_lookup_elem(&expiry, &only);
+	struct census4 *next = bpf_map_lookup_elem(&census4, &which);
+	struct connection4 *connection;
+	struct expiring4 entry;
+	__u64 timeout;
+	int ended = 0;
+
+	if (!state || bpf_map_pop_elem(&expiring4, &entry))
+		return 1;
+	if (entry.round == state->round) {
+		bpf_map_push_elem(&expiring4, &entry, 0);
+		return 1;
+	}
+	connection = bpf_map_lookup_elem(&connections4, &entry.key);
+	if (!connection)
+		return 0;
+	timeout = timeout_ns(entry.key.protocol, connection, state->pressed);
+	bpf_spin_lock(&connection->lock);
+	if ((__s64)(now - connection->seen_ns) >= (__s64)timeout) {
+		connection->state = CONNECTION_GONE;
+		bucket = connection->bucket;
+		ended = 1;
+	}
+	bpf_spin_unlock(&connection->lock);
+	if (ended) {
+		bpf_map_delete_elem(&connections4, &entry.key);
+		lower_probe(bucket);
+		return 0;
+	}
+	entry.round = state->round;
+	bpf_map_push_elem(&expiring4, &entry, 0);
+	if (next)
+		take_census4(next, entry.key.protocol, connection->state, connection->bucket);
+	return 0;
+}
+
 /* One step of the sweep: some connections looked at, those that have ended removed. */
 static int sweep(void *map, __u32 *only, struct expiry *state)
 {
 	__u64 now = bpf_ktime_get_ns();
-	struct expiring4 entry;
 	__u32 which = CENSUS_NEXT;
 	struct census4 *next = bpf_map_lookup_elem(&census4, &which);
 	struct census4 *last;
 	int at_end = 0;
 
-	for (int i = 0; i < SWEEP_STEP; i++) {
-		struct connection4 *connection;
-		__u32 bucket = NO_BUCKET;
-		__u64 timeout;
-		int ended = 0;
-
-		/* Each connection is looked at once a round. */
-		if (bpf_map_pop_elem(&expiring4, &entry)) {
-			at_end = 1;
-			break;
-		}
-		if (entry.round == state->round) {
-			bpf_map_push_elem(&expiring4, &entry, 0);
-			at_end = 1;
-			break;
-		}
-		connection = bpf_map_lookup_elem(&connections4, &entry.key);
-		if (!connection)
-			continue;
-		timeout = timeout_ns(entry.key.protocol, connection, state->pressed);
-		bpf_spin_lock(&connection->lock);
-		if ((__s64)(now - connection->seen_ns) >= (__s64)timeout) {
-			connection->state = CONNECTION_GONE;
-			bucket = connection->bucket;
-			ended = 1;
-		}
-		bpf_spin_unlock(&connection->lock);
-		if (ended) {
-			bpf_map_delete_elem(&connections4, &entry.key);
-			lower_probe(bucket);
-			continue;
-		}
-		entry.round = state->round;
-		bpf_map_push_elem(&expiring4, &entry, 0);
-		if (next)
-			take_census4(next, entry.key.protocol, connection->state, connection->bucket);
-	}
+	for (int i = 0; i < SWEEP_STEP && !at_end; i++)
+		at_end = sweep_next4(now);
 	if (at_end) {
 		which = CENSUS_LAST;
 		last = bpf_map_lookup_elem(&census4, &which);

@@ -596,12 +596,8 @@ int expire(struct __sk_buff *skb)
 SEC("tc")
 int restore(struct __sk_buff *skb)
 {
-	struct saved4 saved;
-
-	for (int i = 0; i < RESTORE_STEP; i++) {
-		if (bpf_skb_load_bytes(skb, RESTORE_START + i * sizeof(saved), &saved, sizeof(saved)))
+	for (int i = 0; i < RESTORE_STEP; i++)
+		if (!restore_next4(skb, RESTORE_START + i * sizeof(struct saved4)))
 			break;
-		restore_connection4(&saved);
-	}
 	return 0;
 }
