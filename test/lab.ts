@@ -178,6 +178,15 @@ export class Namespace {
     }
   }
 
+  /** Waits until a device that has its carrier is in use: before that, the kernel drops what is to be sent by it. */
+  async inUse(device: string): Promise<void> {
+    const check = async () => {
+      const [link] = await this.ipJson<{ operstate: string }>(`link show dev ${device}`);
+      return link?.operstate === "UP";
+    };
+    if (!(await check())) await this.until(`${device} to be in use`, check, { objects: ["link"] });
+  }
+
   /** Pings an address, 100 times a second, and reports the loss; a loss does not throw. */
   async ping(address: string, options: PingOptions & { count?: number } = {}): Promise<PingResult> {
     return new Ping(this, address, { count: 5, ...options }).finished();
@@ -312,6 +321,7 @@ export class Host extends Namespace {
       "link set eth0 up",
       `route add default via ${options.gateway ?? bridge.address}`,
     ]);
+    await Promise.all([pod.inUse("eth0"), this.inUse(bridge.name)]);
     return pod;
   }
 
@@ -488,6 +498,8 @@ export class Lab {
       "net.ipv4.conf.lo.rp_filter": rpFilter,
       "net.ipv6.conf.all.disable_ipv6": noIpv6,
       "net.ipv6.conf.default.disable_ipv6": noIpv6,
+      // Tests may ask for an ICMP error sooner than the one a second that a host has for another by default.
+      "net.ipv4.icmp_ratelimit": 0,
     });
     await namespace.ip("link set lo up");
   }

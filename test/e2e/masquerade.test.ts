@@ -10,9 +10,11 @@ import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { codec } from "../../loader/codec.ts";
 import { openPinnedMap } from "../../loader/map.ts";
-import { connectionKey4Layout } from "../../src/abi/twill.gen.ts";
+import { connection4Layout, connectionKey4Layout } from "../../src/abi/twill.gen.ts";
+import { buildVariant } from "../fault/variant.ts";
 import { exec, type Host, type Namespace, type Process, repository, until } from "../lab.ts";
-import { startTwilld, twill } from "../twilld.ts";
+import { Streams } from "../streams.ts";
+import { startTwilld, Twilld, twill, twilldFlags } from "../twilld.ts";
 import {
   type BackendName,
   type Cluster,
@@ -109,6 +111,21 @@ function connections(host: Host): { port: number; protocol: number }[] {
   try {
     const keys = codec(connectionKey4Layout);
     return map.entries().map(([key]) => keys.decode(key));
+  } finally {
+    map.close();
+  }
+}
+
+/** How many TCP connections under an address have not ended. */
+function live(host: Host, address: string): number {
+  const map = openPinnedMap(join(host.pinPath, "connections4"));
+  try {
+    const [keys, values] = [codec(connectionKey4Layout), codec(connection4Layout)];
+    return map.entries().filter(([key, value]) => {
+      const name = keys.decode(key);
+      const { state } = values.decode(value);
+      return name.protocol === 6 && name.address.join(".") === address && state !== "CONNECTION_CLOSED";
+    }).length;
   } finally {
     map.close();
   }
@@ -254,35 +271,40 @@ describe("errors, sizes and pieces", () => {
   });
 });
 
+const directory = mkdtempSync(join(tmpdir(), "twill-connections-"));
+const program = join(directory, "connections");
+const PORT = 9000;
+beforeAll(() => exec(["gcc", "-O2", "-Wall", "-o", program, join(repository, "test/e2e/connections.c")]));
+afterAll(() => rmSync(directory, { recursive: true, force: true }));
+
+/** Serves what `connections hold` and `sequence` open, on 16 ports. */
+async function serveConnections(server: Host): Promise<void> {
+  await server.spawn([program, "serve", SERVER, `${PORT}`, "16"]).line(/^ready$/);
+}
+
+/** What `connections` said when it ended. */
+function outcome(process: Process): unknown {
+  return JSON.parse(process.lines.findLast(({ text }) => text.startsWith("{"))?.text ?? "{}");
+}
+
+/** Whether all that are held still answer. */
+async function alive(holder: Process): Promise<string> {
+  const after = holder.lines.length;
+  holder.kill("SIGUSR1");
+  const [said] = await holder.line(/^alive \d+$/, { after, timeout: 60_000 });
+  return said;
+}
+
 describe("many connections", () => {
-  const directory = mkdtempSync(join(tmpdir(), "twill-connections-"));
-  const program = join(directory, "connections");
-  const PORT = 9000;
   let outside: Outside;
   let before: string;
 
   beforeAll(async () => {
-    await exec(["gcc", "-O2", "-Wall", "-o", program, join(repository, "test/e2e/connections.c")]);
     outside = await createOutside("vxlan");
     before = await rules(outside.cluster.h1);
-    const server = outside.server.spawn([program, "serve", SERVER, `${PORT}`, "16"]);
-    await server.line(/^ready$/);
+    await serveConnections(outside.server);
   });
-  afterAll(async () => {
-    await outside?.cluster.close();
-    rmSync(directory, { recursive: true, force: true });
-  });
-
-  const outcome = (process: Process): unknown =>
-    JSON.parse(process.lines.findLast(({ text }) => text.startsWith("{"))?.text ?? "{}");
-
-  /** Whether all that are held still answer. */
-  const alive = async (holder: Process): Promise<string> => {
-    const after = holder.lines.length;
-    holder.kill("SIGUSR1");
-    const [said] = await holder.line(/^alive \d+$/, { after, timeout: 60_000 });
-    return said;
-  };
+  afterAll(() => outside?.cluster.close());
 
   test("10,000 at a time, through a killed agent, a restart and a change of the table's size", async () => {
     const { cluster } = outside;
@@ -338,6 +360,91 @@ describe("many connections", () => {
     expect(await rules(outside.cluster.h1)).toBe(before);
     expect(before).not.toMatch(/twill|172\.7\./i);
   });
+});
+
+describe("through what happens to a node", () => {
+  const CAPACITY = 1024;
+  let outside: Outside;
+  let last: Twilld | undefined;
+  beforeAll(async () => {
+    outside = await createOutside("vxlan");
+    await serveConnections(outside.server);
+  });
+  afterAll(() => outside?.cluster.close());
+
+  test("transfers go on when the agent is killed, and through an upgrade to another layout and back", async () => {
+    const { cluster, server } = outside;
+    const { h1, a, etcd } = cluster;
+    const streams = await Streams.start(a, server, 20, 7300);
+    await cluster.twilld(h1).stop("SIGKILL");
+    await streams.flow(4);
+    const again = await startTwilld(h1, { etcd, flags: ["--ip-masq"] });
+    await streams.flow(4);
+    const variant = await buildVariant(h1.directory);
+    await again.stop();
+    const flags = [...twilldFlags(h1, etcd), "--ip-masq"];
+    const env = { FLANNELD_PEER_PROBES: "0" };
+    const later = new Twilld(h1, h1.spawn([variant, ...flags], { cwd: h1.directory, env }), flags);
+    await later.ready();
+    await streams.flow(4);
+    await later.stop();
+    last = await startTwilld(h1, { etcd, flags: ["--ip-masq"] });
+    await streams.flow(4);
+    const { bytes } = await streams.finish();
+    expect(bytes).toBeGreaterThan(16 << 20);
+  }, 180_000);
+
+  test("the node's address changes twenty times under connections, of which none fails", async () => {
+    const { cluster } = outside;
+    const { h1, a } = cluster;
+    await h1.sysctl({
+      "net.ipv4.conf.all.promote_secondaries": 1,
+      "net.ipv4.conf.eth0.promote_secondaries": 1,
+    });
+    const seen = new Set<string>();
+    const opening = a.spawn([program, "sequence", SERVER, `${PORT}`, "16", "1000000"]);
+    for (let change = 0; change < 20; change++) {
+      const [next, former] = change % 2 === 0 ? ["10.4.7.121", NODE] : [NODE, "10.4.7.121"];
+      await h1.ip(`address add ${next}/24 dev eth0`);
+      await h1.ip(`address del ${former}/24 dev eth0`);
+      await h1.ip(`address add ${former}/32 dev eth0`);
+      await h1.ip("route replace default via 10.4.7.1");
+      await until(`new connections to have ${next}`, async () => {
+        const found = await probe(a, `udp ${SERVER} ${UDP_PORT} 100`);
+        seen.add(found.seen ?? "");
+        return found.seen === next;
+      });
+      // One whose packet was lost in between has sent it again.
+      await until(`connections under ${former} to end`, () => live(h1, former) === 0);
+      await h1.ip(`address del ${former}/32 dev eth0`);
+    }
+    opening.kill("SIGTERM");
+    await opening.exited;
+    expect(outcome(opening), opening.text()).toMatchObject({ failed: 0 });
+    expect((outcome(opening) as { made: number }).made).toBeGreaterThan(200);
+    expect([...seen].sort()).toEqual(["10.4.7.121", NODE]);
+  }, 120_000);
+
+  test("a full table refuses new connections and counts them; those there are go on", async () => {
+    const { cluster } = outside;
+    const { h1, a, c, etcd } = cluster;
+    await (last ?? cluster.twilld(h1)).stop();
+    await startTwilld(h1, { etcd, flags: ["--ip-masq", `--masq-max-connections=${CAPACITY}`] });
+    // Those that have ended make room for them.
+    const holder = a.spawn([program, "hold", SERVER, `${PORT}`, "16", `${CAPACITY}`]);
+    await holder.line(/^open$/, { timeout: 60_000 });
+    expect(connections(h1)).toHaveLength(CAPACITY);
+    const counted = await cluster.counted(h1, async () => {
+      const refused = await c.exec(["curl", "-sS", "-m", "3", `http://${SERVER}:${PORT}/`], { check: false });
+      expect(refused.stderr).toMatch(/timed out|refused|unreachable/i);
+    });
+    expect(counted.to_net?.drop_masq_full).toBeGreaterThan(0);
+    expect(await alive(holder)).toBe("alive 0");
+    await holder.stop();
+    expect(outcome(holder)).toEqual({ made: CAPACITY, failed: 0 });
+    await until("the table to have room", () => connections(h1).length < CAPACITY);
+    expect(await probe(c, `udp ${SERVER} ${UDP_PORT} 100`)).toMatchObject({ intact: true, seen: NODE });
+  }, 120_000);
 });
 
 test("a server that ends connections first takes the next ones under the same ports at once", async () => {

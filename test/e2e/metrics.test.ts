@@ -187,24 +187,27 @@ describe("traffic by peer", () => {
           ),
         ),
       );
-      const before = [of(h1), of(h2)] as const;
       const PINGS = 200;
       const SIZE = 500;
       // Under an address of the subnet: without a tunnel, what a node says under its own is not of its pods.
-      const ping = [
-        "ping",
-        "-q",
-        "-i",
-        "0.005",
-        "-c",
-        `${PINGS}`,
-        "-s",
-        `${SIZE}`,
-        "-I",
-        bridgeOf(t1),
-        bridgeOf(t2),
-      ];
-      await h1.exec(ping);
+      const ping = (count: number) =>
+        h1.exec(
+          ["ping", "-q", "-i", "0.005", "-c", `${count}`, "-s", `${SIZE}`, "-I", bridgeOf(t1), bridgeOf(t2)],
+          { check: false },
+        );
+      // The status tells of the config that was read; the programs of the new backend take a moment to be loaded.
+      await until(`both nodes' programs to count by ${type}`, async () => {
+        const former = [of(h1), of(h2)];
+        await ping(SOME);
+        return [of(h1), of(h2)].every(({ sent, received }, index) =>
+          [
+            less(sent, former[index]?.sent ?? sent),
+            less(received, former[index]?.received ?? received),
+          ].every(({ packets }) => packets >= SOME),
+        );
+      });
+      const before = [of(h1), of(h2)] as const;
+      await ping(PINGS);
       const after = [of(h1), of(h2)] as const;
       const frame = 14 + 20 + 8 + SIZE;
       for (const [index, host] of [h1, h2].entries()) {

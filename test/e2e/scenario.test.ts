@@ -392,6 +392,7 @@ describe("pods that come and go long after the start", () => {
     await known(t1, 0);
     await h1.bridge("docker0", gatewayOf(t1));
     await h1.ip(`link set ${a.port} master docker0`);
+    await h1.inUse("docker0");
     await expectFastLane();
   });
 });

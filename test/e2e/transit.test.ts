@@ -21,7 +21,6 @@ import { Streams } from "../streams.ts";
 import { startTwilld, type Twilld } from "../twilld.ts";
 import {
   ALL_BACKENDS,
-  BACKENDS,
   type BackendName,
   type Finding,
   NETWORK,
@@ -30,6 +29,7 @@ import {
   serve,
   TCP_PORT,
   TESTED_BACKENDS,
+  TESTED_KERNEL_BACKENDS,
   UDP_PORT,
 } from "./cluster.ts";
 
@@ -207,7 +207,7 @@ async function answers({ nodes: [first], b }: Side): Promise<Record<string, unkn
   return seen;
 }
 
-describe.each(Object.keys(BACKENDS) as BackendName[])("%s", (backend) => {
+describe.each(TESTED_KERNEL_BACKENDS)("%s", (backend) => {
   const lent = isDirect(backend) ? "10.4.7.21" : "172.7.21.0";
   let expected: Record<string, unknown>;
   let expectedAnswers: Record<string, unknown>;
