@@ -19,11 +19,12 @@ BUILD_PACKAGES := clang libbpf-dev libbpf1 gcc g++ make python3 libc6-dev
 TEST_PACKAGES := bpftool etcd-server etcd-client iproute2 iputils-ping ethtool tcpdump tshark iperf3 \
 	nginx-light curl openssl iptables nftables procps util-linux clang-format \
 	docker.io containernetworking-plugins supervisor busybox-static tini systemd prometheus zsh
+KERNEL_PACKAGES := qemu-system-x86 kmod busybox-static
 
 BPF_SOURCES := $(wildcard bpf/*.h bpf/*.bpf.c)
 TS_SOURCES := $(shell find loader src -name '*.ts' 2>/dev/null)
 
-.PHONY: help deps build gen lint test fault doctor-test soak demo demo-end bench bench-scale bench-scrape bench-programs bench-charts bench-fleet docs install clean
+.PHONY: help deps build gen lint test fault doctor-test kernel-test soak demo demo-end bench bench-scale bench-scrape bench-programs bench-charts bench-fleet docs install clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -99,6 +100,13 @@ fault: deps build ## every fault of the table in test/README.md, which it writes
 
 doctor-test: deps build ## `twill doctor` on hosts broken in one way after another; root; some 4 minutes
 	@test/doctor/run
+
+kernel-test: deps build ## packet tests on Debian's own kernel, in QEMU; root; some 20 minutes
+	@for package in $(KERNEL_PACKAGES); do
+	  dpkg-query -W -f='$${Status}' $$package 2>/dev/null | grep -q 'ok installed' ||
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$package
+	done
+	test/kernel/run
 
 soak: deps build ## ten minutes of churn must leave nothing behind; SOAK_MINUTES=2 is shorter
 	@test/fault/run test/fault/soak.ts

@@ -38,6 +38,8 @@ export const bpf = {
   mapTypeName: library.prepare("libbpf_bpf_map_type_str", "pointer", ["int"]),
 
   programName: library.prepare("bpf_program__name", "pointer", ["pointer"]),
+  programInsns: library.prepare("bpf_program__insns", "pointer", ["pointer"]),
+  programInsnCnt: library.prepare("bpf_program__insn_cnt", "uint", ["pointer"]),
   programFd: library.prepare("bpf_program__fd", "int", ["pointer"]),
   programSetAutoload: library.prepare("bpf_program__set_autoload", "int", ["pointer", "int"]),
   programSetLogLevel: library.prepare("bpf_program__set_log_level", "int", ["pointer", "uint"]),

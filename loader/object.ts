@@ -8,7 +8,7 @@ import { basename } from "node:path";
 import { type Btf, BtfError, type Field, type Layout, type MapLayout, readBtf } from "./btf.ts";
 import { codec } from "./codec.ts";
 import { convert } from "./convert.ts";
-import { cString, errno, readCString, writeMemory } from "./ffi.ts";
+import { cString, errno, readCString, readMemory, writeMemory } from "./ffi.ts";
 import {
   bpf,
   check,
@@ -294,6 +294,16 @@ export class BpfObject {
     const fd = bpf.programFd(handle);
     check(fd, "bpf_program__fd", `use program ${name}`, "It was not loaded: setAutoload() turned it off.");
     return this.#hand(`program ${name}`, () => new Program(fd, name, false));
+  }
+
+  /**
+   * The instructions of a program as the kernel was given them, 8 bytes each (`struct bpf_insn`), with the functions that
+   * it calls behind it.
+   */
+  instructions(name: string): Buffer {
+    this.#require("loaded");
+    const handle = this.#find(this.#programs, "program", name);
+    return readMemory(bpf.programInsns(handle), 8 * bpf.programInsnCnt(handle));
   }
 
   /** A created map. It ends with the object. */
