@@ -475,9 +475,12 @@ async function agree(
     compared += wanted.length;
     if (JSON.stringify(found) !== JSON.stringify(wanted)) odd.push({ line, found, wanted, told });
   }
-  for (const { id, line, told } of cut) {
+  for (const { draft, id, line, told } of cut) {
     const pieces = seen.get(`wire ${id}`) ?? [];
-    if (pieces.length < 2) odd.push({ line, pieces, told });
+    // The whole network leads to the device of udp: what is for no peer ends there, and what it takes the last hop of.
+    const isLost =
+      backend === "udp" && (!draft.destination.startsWith("172.7.22.") || told.end.packet.ttl === 1);
+    if (isLost ? pieces.length > 0 : pieces.length < 2) odd.push({ line, pieces, told });
   }
   expect({ seed: SEED, count: odd.length, first: odd[0] }).toEqual({
     seed: SEED,
