@@ -380,6 +380,8 @@ async function serve(
         lease: (event) => metrics.leaseEvents.inc({ event }),
         changed: () => status.changed(),
         ready: () => {
+          // Whoever is told that we are ready may ask what we are ready with.
+          status.write();
           telemetry.setReady(true);
           onReady();
           const undelivered = notifier.ready();
@@ -482,11 +484,16 @@ class StatusKeeper {
     this.#timer ??= setTimeout(() => this.#write(), STATUS_MS);
   }
 
-  stop(): void {
+  /** Writes the file at once. */
+  write(): void {
     clearTimeout(this.#timer);
+    this.#write();
+  }
+
+  stop(): void {
     clearInterval(this.#peersTimer);
     this.#writePeers();
-    this.#write();
+    this.write();
   }
 
   current(): AgentStatus | undefined {

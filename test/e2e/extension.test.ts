@@ -83,10 +83,10 @@ describe("routes", () => {
     const value = await etcd.ctl("get", "--print-value-only", `${PREFIX}/subnets/172.7.21.0-24`);
     expect(value.trim()).toBe('{"PublicIP":"10.4.7.21","PublicIPv6":null,"BackendType":"extension"}');
     expect(twilldAt(0).subnetEnv).toMatchObject({ FLANNEL_SUBNET: "172.7.21.1/24", FLANNEL_MTU: "1500" });
+    await twilldAt(0).statusWhere("its peer", ({ peers }) => peers === 1);
     expect(await twill(hostAt(0), "status", `--pin-path=${hostAt(0).pinPath}`)).toContain(
       "backend extension, timeoutSeconds 30\n",
     );
-    await twilldAt(0).statusWhere("its peer", ({ peers }) => peers === 1);
   });
 
   test("a daemon that is started anew loses nothing", async () => {
