@@ -9,6 +9,7 @@ import { Agent } from "../src/agent.ts";
 import { openStore, type Store } from "../src/edge/etcd.ts";
 import { cidr, FakeDataplane, FakeKernel, ip } from "../test/sim/fakes.ts";
 import type { AgentOrder, AgentReading } from "./fleet.ts";
+import { serve } from "./worker.ts";
 
 const PREFIX = "/coreos.com/network";
 const quiet = {
@@ -161,16 +162,10 @@ async function obey(order: AgentOrder): Promise<AgentReading | undefined> {
   }
 }
 
+/** Looks now and then: to be told of every event would cost what is measured. */
 async function until(condition: () => boolean): Promise<undefined> {
   while (!condition()) await new Promise((resolve) => setTimeout(resolve, 20));
   return undefined;
 }
 
-process.on("message", (order: AgentOrder) => {
-  obey(order).then(
-    (answer) => process.send?.({ answer: answer ?? {} }),
-    (error: unknown) => process.send?.({ error: error instanceof Error ? error.message : String(error) }),
-  );
-});
-// Who started us is gone.
-process.on("disconnect", () => process.exit(1));
+serve(obey);

@@ -16,6 +16,7 @@ import type { Network, StoreEvent } from "../src/core/model.ts";
 import type { World } from "../src/core/world.ts";
 import { openStore, type Store } from "../src/edge/etcd.ts";
 import type { NodesOrder, NodesReading } from "./fleet.ts";
+import { serve } from "./worker.ts";
 
 /** Leases that all nodes together hold in memory; at some 600 bytes each. */
 const FOLDED_MAX = 2_000_000;
@@ -284,7 +285,7 @@ async function spread(
   await Promise.all(done);
 }
 
-/** Waits until the watch of each node has told of this revision. */
+/** Waits until the watch of each node has told of this revision. Looking at every event would cost what is measured. */
 async function caughtUp(revision: bigint): Promise<void> {
   while (nodes.some((node) => node.revision < revision)) await sleep(20);
 }
@@ -342,11 +343,4 @@ async function obey(order: NodesOrder): Promise<NodesReading | undefined> {
   }
 }
 
-process.on("message", (order: NodesOrder) => {
-  obey(order).then(
-    (answer) => process.send?.({ answer: answer ?? {} }),
-    (error: unknown) => process.send?.({ error: error instanceof Error ? error.message : String(error) }),
-  );
-});
-// Who started us is gone.
-process.on("disconnect", () => process.exit(1));
+serve(obey);

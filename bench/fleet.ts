@@ -18,8 +18,7 @@
  *
  * With --page, what it measured goes to docs/scale.md, where that has a place for so many nodes.
  */
-import { type ChildProcess, fork, spawn } from "node:child_process";
-import { once } from "node:events";
+import { type ChildProcess, spawn } from "node:child_process";
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
@@ -38,6 +37,7 @@ import {
   type Phase,
   type PhaseName,
 } from "./reckoning.ts";
+import { Worker } from "./worker.ts";
 
 const ENDPOINT = "http://127.0.0.1:2379";
 const PREFIX = "/coreos.com/network";
@@ -80,31 +80,6 @@ export interface AgentReading {
   /** When each key was in its desired state, and in its kernel, since the last reading. */
   readonly desired: readonly (readonly [key: string, at: number])[];
   readonly written: readonly (readonly [key: string, at: number])[];
-}
-
-/** A process that does one thing at a time. */
-class Worker<Order, Reading> {
-  readonly #child: ChildProcess;
-  readonly pid: number;
-
-  constructor(program: string, execArgv: readonly string[]) {
-    this.#child = fork(join(repository, "dist/bench", program), [], { execArgv: [...execArgv] });
-    this.pid = this.#child.pid ?? -1;
-    const name = program.replace(".js", "");
-    this.#child.once("exit", (code, signal) => fail(new Error(`${name} ended with ${code ?? signal}`)));
-  }
-
-  async tell(order: Order | { do: "read" }): Promise<Reading> {
-    this.#child.send(order as object);
-    const [said] = (await once(this.#child, "message")) as [{ answer: Reading } | { error: string }];
-    if ("error" in said) throw new Error(said.error);
-    return said.answer;
-  }
-
-  end(): void {
-    this.#child.removeAllListeners("exit");
-    this.#child.kill("SIGKILL");
-  }
 }
 
 function fail(error: unknown): void {
@@ -209,12 +184,13 @@ async function main(): Promise<void> {
   });
   await store.create("config", JSON.stringify(CONFIG), 86_400);
   const empty = await readEtcd(etcdPid);
-  const nodes = new Worker<NodesOrder, NodesReading>("fleet-nodes.js", ["--max-old-space-size=12000"]);
+  const nodes = new Worker<NodesOrder, NodesReading>("fleet-nodes.js", ["--max-old-space-size=12000"], fail);
   // As bin/twilld sets V8.
-  const agent = new Worker<AgentOrder, AgentReading>("fleet-agent.js", [
-    "--semi-space-growth-factor=1",
-    "--optimize-for-size",
-  ]);
+  const agent = new Worker<AgentOrder, AgentReading>(
+    "fleet-agent.js",
+    ["--semi-space-growth-factor=1", "--optimize-for-size"],
+    fail,
+  );
   await agent.tell({ do: "boot", endpoint: ENDPOINT });
 
   /** What it says itself of its processor time is finer than /proc. */

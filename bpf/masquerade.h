@@ -196,8 +196,8 @@ __noinline int tcp_sequence4(struct __sk_buff *skb, __u32 at)
  * Whether the remote will take a SYN with this sequence number and time for the begin of a connection, though there was
  * another one under the same name. An end that closed first remembers it for a minute or more, and believes only what
  * is later (RFC 1122, section 4.2.2.13, and RFC 6191). Within one pod the kernel sees to that; here it is one pod after
- * another, or ports of a pod, whose sequence numbers and clocks have nothing to do with each other. Not
- * static for the same reason as next_candidate4.
+ * another, or ports of a pod, whose sequence numbers and clocks have nothing to do with each other. Not static for the
+ * same reason as next_candidate4.
  */
 __noinline int may_follow4(__u32 pod_fin, __u32 end_sequence, __u32 end_time, __u32 sequence, __u32 time)
 {
