@@ -148,6 +148,11 @@ const HOLD_MS = 5_000;
 /** The shortest time between two reads of the peers' maps because packets were refused. */
 const REFUSED_MS = 500;
 /**
+ * How often the programs are looked at without which packets do not get by, or with a wrong address: of a TCX link that was
+ * detached nobody is told.
+ */
+const VITAL_MS = 500;
+/**
  * A resync dumps the kernel's tables, of whose changes we are told anyway, only as often as the looking at them takes no
  * more than this share of the time: with some ten thousand peers every few minutes. The maps are read back each time.
  */
@@ -167,6 +172,9 @@ const ROUTE_PROTOCOL_BOOT = 3;
 /** Owner of routes that no lease gives; no key of a lease looks so. */
 const COMMON = "network";
 const HOOKS = Object.keys(DIRECTIONS) as Hook[];
+/** Without the programs at these, packets take the stack, which brings them where they would get with them. */
+const SPARED_HOOKS: readonly Hook[] = ["from_pod", "to_pod"];
+
 export class Agent {
   readonly #world: World;
   readonly #attempts: Attempts;
@@ -248,11 +256,14 @@ export class Agent {
   readonly #neighbours = new Table<NeighbourRow>("neighbours");
   readonly #fdb = new Table<FdbRow>("fdb");
   readonly #attachments = new Table<AttachmentRow>("attachments");
+  /** Those of them without which packets do not get by. */
+  #vital: readonly AttachmentRow[] = [];
   readonly #tables: readonly Pick<Table<unknown>, "name" | "retry" | "failures">[];
 
   #cancelRound: (() => void) | undefined;
   #cancelRetry: (() => void) | undefined;
   #cancelResync: (() => void) | undefined;
+  #cancelVital: (() => void) | undefined;
   #cancelForget: (() => void) | undefined;
   #cancelHeld: (() => void) | undefined;
   #retryMs = RETRY_MIN_MS;
@@ -296,6 +307,7 @@ export class Agent {
   start(): void {
     this.#attempts.attempt("kernel tables", () => this.#dump());
     this.#scheduleResync();
+    this.#scheduleVital();
     this.#wake();
   }
 
@@ -308,6 +320,7 @@ export class Agent {
     this.#cancelRound?.();
     this.#cancelRetry?.();
     this.#cancelResync?.();
+    this.#cancelVital?.();
     this.#cancelForget?.();
     this.#cancelHeld?.();
   }
@@ -1139,7 +1152,9 @@ export class Agent {
     this.#waysStale = false;
     const ways = this.#ethernetWays(facts);
     const direct = this.#mayBeDirect(facts);
-    this.#attachments.wantAll(attachmentsOf(facts, this.#pods, ways, this.#uplinkIndexes, direct));
+    const rows = attachmentsOf(facts, this.#pods, ways, this.#uplinkIndexes, direct);
+    this.#attachments.wantAll(rows);
+    this.#vital = [...rows.values()].filter(({ hook }) => !SPARED_HOOKS.includes(hook));
   }
 
   /** By which interfaces, and under which addresses, pods are masqueraded. */
@@ -1229,6 +1244,27 @@ export class Agent {
     this.#mapsStale = this.#configText !== "";
     this.#scheduleResync();
     this.#wake();
+  }
+
+  #scheduleVital(): void {
+    this.#cancelVital = this.#world.clock.after(VITAL_MS, () => {
+      this.#scheduleVital();
+      if (this.#vital.every((row) => this.#isInPlace(row))) return;
+      // With its pin gone, others may be as well.
+      this.#mapsStale = this.#attachmentsStale = true;
+      this.#wake();
+    });
+  }
+
+  /** Whether a program that was in place is so still, as far as one can tell. */
+  #isInPlace(row: AttachmentRow): boolean {
+    if (this.#attachments.actualRow(attachmentKey(row)) === undefined) return true;
+    try {
+      return this.#world.dataplane.isAttached(row);
+    } catch {
+      // The next resync will fail as well, and say why.
+      return true;
+    }
   }
 
   #reread(what: string): void {

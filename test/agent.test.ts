@@ -273,6 +273,21 @@ describe("drift that no notification tells of", () => {
     expect(picture(node)).toEqual(before);
   });
 
+  test("of programs without which packets do not get by is mended within a second", async () => {
+    const [world, node] = await forwarding(2);
+    const before = picture(node);
+    for (const [key, { row }] of node.dataplane.attached)
+      if (row.hook !== "from_pod" && row.hook !== "to_pod") node.dataplane.attached.delete(key);
+    expect(picture(node)).not.toEqual(before);
+    await world.pass(1_000);
+    expect(picture(node)).toEqual(before);
+    expect(node.repaired).toContain("attachments");
+    // What cannot be looked at, for a while, is as it was.
+    node.dataplane.refuse = (call) => call === "attachments";
+    await world.pass(1_000);
+    expect(node.status().failures).toEqual([]);
+  });
+
   test("of sysctls is mended within the resync period", async () => {
     const [world, node] = await forwarding(1);
     expect([...node.kernel.quietened]).toEqual(["flannel.1"]);

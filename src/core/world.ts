@@ -85,6 +85,8 @@ export interface World {
     put<Name extends keyof MapRows>(name: Name, rows: readonly MapRows[Name][]): void;
     remove<Name extends keyof MapRows>(name: Name, rows: readonly MapRows[Name][]): void;
     attachments(ifindexes: Iterable<number>): Map<string, AttachmentRow>;
+    /** Whether a program that was attached still is; true where the kernel would have told. */
+    isAttached(row: AttachmentRow): boolean;
     attach(row: AttachmentRow): void;
     detach(row: AttachmentRow): void;
     detachOtherMode(ifindexes: Iterable<number>): void;

@@ -609,6 +609,19 @@ export class Dataplane {
     return rows;
   }
 
+  /** Whether a program that was attached still is. One with clsact counts as such: the kernel tells when it is deleted. */
+  isAttached(row: AttachmentRow): boolean {
+    if (this.mode === "clsact") return true;
+    const path = join(this.pinPath, "links", attachmentKey(row));
+    if (!existsSync(path)) return false;
+    const link = openPinnedLink(path);
+    try {
+      return link.info().ifindex === row.ifindex;
+    } finally {
+      link.close();
+    }
+  }
+
   /** Attaches, or replaces what is attached. Throws LibbpfError. */
   attach(row: AttachmentRow): void {
     const program = this.#object_().program(row.hook);

@@ -1,7 +1,7 @@
 /**
  * What may happen to a node's own state in the kernel: each thing of ours removed or changed by hand, links down,
  * interfaces made anew. What the kernel announces is to be mended within 100 ms; the rest by the next check
- * (`--resync`, 10 s), or within a second where packets are lost for it.
+ * (`--resync`, 10 s), or within a second where packets may be lost for it.
  */
 import { existsSync, readdirSync, rmSync } from "node:fs";
 import { join } from "node:path";
@@ -12,7 +12,7 @@ import { type Fault, Monitor, type Node, type Told, type World } from "./world.t
 /** Drift with an event is mended within this, drift without one within a resync period and its round. */
 export const EVENT_MS = 100;
 export const RESYNC_MS = 11_000;
-const CUT_MS = 1_000;
+export const CUT_MS = 1_000;
 const NO_REPAIR = "vxlan repairs no drift: gone until each peer's next renewal (up to 23 h) or a restart";
 
 /** Removes or changes something and waits for the kernel's word that it is back as it was. */
@@ -221,8 +221,8 @@ export const drift: readonly Fault[] = [
   {
     name: "a TCX link detached",
     flanneld: "has no programs",
-    quick: false,
-    mend: RESYNC_MS,
+    quick: true,
+    mend: CUT_MS,
     run: detachUplink,
   },
   {
@@ -277,7 +277,7 @@ export const drift: readonly Fault[] = [
     name: "all pins deleted",
     flanneld: "has no pins",
     quick: false,
-    mend: RESYNC_MS,
+    mend: CUT_MS,
     run: async (world) => {
       const node = world.touched;
       const before = pinsOf(node);

@@ -1,5 +1,5 @@
 /** What may happen to the backends whose tunnel the programs alone open and close: nothing of the kernel is beneath. */
-import { announced, detachUplink, EVENT_MS, RESYNC_MS } from "./drift.ts";
+import { announced, CUT_MS, detachUplink, EVENT_MS } from "./drift.ts";
 import { killOften } from "./life.ts";
 import type { Fault } from "./world.ts";
 
@@ -17,8 +17,8 @@ function faultsOf(backend: "ipip" | "udp"): Fault[] {
       flanneld: "not known",
       quick: true,
       world,
-      cuts: 1_000,
-      mend: 1_000,
+      cuts: CUT_MS,
+      mend: CUT_MS,
       run: async (now) => {
         const link = new RegExp(`\\d+: ${device.replaceAll(".", "\\.")}: `);
         const told = await announced(now, `ip link del ${device}`, link, there);
@@ -38,10 +38,10 @@ function faultsOf(backend: "ipip" | "udp"): Fault[] {
     {
       name: `${backend}: a TCX link detached`,
       flanneld: "has no programs",
-      quick: false,
+      quick: true,
       world,
-      cuts: RESYNC_MS,
-      mend: RESYNC_MS,
+      cuts: CUT_MS,
+      mend: CUT_MS,
       run: detachUplink,
     },
     {
@@ -49,7 +49,7 @@ function faultsOf(backend: "ipip" | "udp"): Fault[] {
       flanneld: "has no programs",
       quick: false,
       world: { backend, flags: ["--attach=clsact"] },
-      cuts: 1_000,
+      cuts: CUT_MS,
       mend: EVENT_MS,
       run: (now) =>
         announced(

@@ -882,6 +882,10 @@ export class FakeDataplane {
         check("attachments");
         return new Map([...this.attached].map(([key, { row }]) => [key, row]));
       },
+      isAttached: ({ hook, ifindex }) => {
+        check("attachments");
+        return this.attached.has(`${hook}-${ifindex}`);
+      },
       attach: (row) => {
         check("attach");
         if (!this.kernel.links.has(row.ifindex)) throw new Error("attach: ENODEV");
