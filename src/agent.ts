@@ -13,14 +13,16 @@
 import { Attempts, RoundFailure } from "./agent/attempts.ts";
 import { Commands } from "./agent/commands.ts";
 import { type Overlay, TunnelDevice } from "./agent/device.ts";
+import { type Judgement, Judging } from "./agent/judging.ts";
 import { LeaseKeeper } from "./agent/lease.ts";
+import { Paths } from "./agent/paths.ts";
 import { type ProbeStatus, Probing } from "./agent/probing.ts";
 import { FDB, NEIGHBOURS, ROUTES, Writer } from "./agent/writer.ts";
 import { directRows, NO_ROWS } from "./core/backend.ts";
 import { kindOf } from "./core/backends.ts";
 import { claim, type Desired, emptyDesired, fold, forget, takeTouched } from "./core/desired.ts";
-import { type Firewall, type PodTraffic, reasonsForOutside, reasonsForStack } from "./core/firewall.ts";
-import { Host, type NetlinkEvent, type Path, type Route } from "./core/host.ts";
+import type { Firewall } from "./core/firewall.ts";
+import { Host, type NetlinkEvent, type Route } from "./core/host.ts";
 import {
   type AttachmentRow,
   attachmentKey,
@@ -89,17 +91,6 @@ export interface AgentOptions {
   readonly probeMs?: number | undefined;
   /** What goes to each peer and comes from it is counted. */
   readonly countPeers?: boolean;
-}
-
-/** What the host's packet filter means for the programs. */
-export interface Judgement {
-  readonly needsStack: boolean;
-  /** Why pods' packets take the stack. */
-  readonly reasons: readonly string[];
-  /** What comes from outside the network to pods goes past the stack. */
-  readonly letsIn: boolean;
-  /** Why it does not, if only that takes the stack. */
-  readonly outside: readonly string[];
 }
 
 /** Why the agent can't go on; the process ends with exit code 1, forwarding left as it is. */
@@ -182,6 +173,8 @@ export class Agent {
   readonly #writer: Writer;
   readonly #probing: Probing | undefined;
   readonly #commands: Commands;
+  readonly #paths: Paths;
+  readonly #judging: Judging;
   readonly #options: AgentOptions;
   readonly #host = new Host();
 
@@ -198,12 +191,6 @@ export class Agent {
   readonly #formerBlocks: Prefix[] = [];
   #configText = "";
   #pods: Pods = NO_PODS;
-  #firewall: Firewall | undefined;
-  #judgement: Judgement | undefined;
-  /** What the judgement is of. */
-  #judged = "";
-  /** The packet filter has nothing against what comes from peers without a tunnel, or is sent so. */
-  #mayPassPlain = false;
   #fileText: string | undefined;
   #ready = false;
 
@@ -225,10 +212,6 @@ export class Agent {
   #tablesStale = true;
   #activateStale = false;
 
-  /** How each peer's public address is reached, and by which interfaces. */
-  readonly #paths = new Map<Ipv4, Path | undefined>();
-  #lastPath: Path | undefined;
-  readonly #ways = new Set<number>();
   readonly #rows = new Map<string, LeaseRows>();
   /** Keys of leases whose rows are to be made anew, see `LEASES_PER_ROUND`. */
   readonly #unread = new Set<string>();
@@ -284,6 +267,8 @@ export class Agent {
     this.#device = new TunnelDevice(this.#host, world, this.#attempts, (what) => this.#reread(what));
     this.#writer = new Writer(world, this.#attempts);
     this.#commands = new Commands(world, () => this.#wake());
+    this.#paths = new Paths(this.#host, world, this.#attempts);
+    this.#judging = new Judging(world.log);
     const { openProber } = world;
     const { probeMs } = options;
     if (openProber !== undefined && probeMs !== undefined)
@@ -364,8 +349,7 @@ export class Agent {
 
   /** The host's packet filter, as it is now. To be told of before `start`, or pods' packets take the stack. */
   onFirewall(firewall: Firewall): void {
-    this.#firewall = firewall;
-    this.#judged = "";
+    this.#judging.learn(firewall);
     this.#wake();
   }
 
@@ -397,7 +381,7 @@ export class Agent {
       case "link": {
         const { index } = event.row;
         this.#baseStale = this.#tidyStale = true;
-        if (this.#ways.has(index)) this.#movePaths();
+        if (this.#paths.ways.has(index)) this.#movePaths();
         if (index !== facts?.overlay?.index) this.#podsStale = true;
         this.#uplinksStale = true;
         if (!isGone) return;
@@ -486,7 +470,7 @@ export class Agent {
       endpoints: this.#endpoints.size,
       rejections: rejected,
       warnings,
-      firewall: this.#judgement,
+      firewall: this.#judging.judgement,
       failures: failures.map(([what, reason]) => ({ what, reason })),
       probes: this.#probing?.status(),
     };
@@ -697,7 +681,8 @@ export class Agent {
       defaultRoutes: [...this.#host.defaultRoutes.values()].filter(
         (route) => route.table === TABLE_MAIN && route.type === UNICAST,
       ),
-      reach: wish.interfaceCanReach === undefined ? undefined : this.#routesTo([wish.interfaceCanReach])[0],
+      reach:
+        wish.interfaceCanReach === undefined ? undefined : this.#paths.lookUp([wish.interfaceCanReach])[0],
     });
     if ("error" in chosen) {
       // An uplink that is down for a while is no reason to let go of what still forwards.
@@ -783,7 +768,6 @@ export class Agent {
    */
   #compile(facts: Facts): boolean {
     if (this.#pathsStale) this.#renewPaths();
-    this.#pathsStale = false;
     // Of two leases that want one row, the one that is read later has it: their order must stay that of the store.
     for (const key of takeTouched(this.#desired)) {
       this.#unread.delete(key);
@@ -800,7 +784,7 @@ export class Agent {
     }
     const some: string[] = [];
     for (const key of this.#unread) if (some.push(key) === LEASES_PER_ROUND) break;
-    this.#learnPaths(some.map((key) => this.#desired.leases.get(key)));
+    this.#learnPaths(some);
     for (const key of some) {
       this.#want(key, this.#desired.leases.get(key), facts);
       this.#unread.delete(key);
@@ -809,9 +793,22 @@ export class Agent {
     return this.#unread.size === 0;
   }
 
+  #learnPaths(keys: readonly string[]): void {
+    const addresses = keys.flatMap((key) => this.#desired.leases.get(key)?.publicIp ?? []);
+    if (this.#paths.learn(addresses)) this.#waysStale = true;
+  }
+
+  #renewPaths(): void {
+    const inForce = new Set<Ipv4>();
+    for (const lease of this.#desired.leases.values()) inForce.add(lease.publicIp);
+    this.#waysStale = true;
+    if (this.#paths.renew(inForce)) this.#rowsStale = true;
+    this.#pathsStale = false;
+  }
+
   /** The rows that a lease gives now: for a while those of the way that its peer is reached by, see `HOLD_MS`. */
   #rowsFor(key: string, lease: Lease, facts: Facts): LeaseRows {
-    const rows = rowsOf(lease, this.#paths.get(lease.publicIp), facts);
+    const rows = rowsOf(lease, this.#paths.to(lease.publicIp), facts);
     const plain = this.#plainWay(lease, rows, facts);
     const now = this.#world.clock.now();
     const until = this.#held.get(key) ?? now + HOLD_MS;
@@ -827,7 +824,7 @@ export class Agent {
   /** The rows of a way without a tunnel, if these are of one with a tunnel and the kernel still has the other. */
   #plainWay(lease: Lease, { subnet }: LeaseRows, facts: Facts): LeaseRows | undefined {
     if (subnet === undefined || subnet.reach === "REACH_DIRECT") return undefined;
-    const plain = directRows(lease, this.#paths.get(lease.publicIp), facts);
+    const plain = directRows(lease, this.#paths.to(lease.publicIp), facts);
     if (plain.subnet === undefined || plain.route === undefined) return undefined;
     const { gateway, outIndex } = plain.route;
     // A former run of ours may have put it there, or flanneld.
@@ -845,58 +842,6 @@ export class Agent {
       const now = clock.now();
       for (const [key, until] of this.#held) if (until <= now) this.#unread.add(key);
       this.#wake();
-    });
-  }
-
-  #routesTo(addresses: readonly Ipv4[]): ReturnType<World["kernel"]["routesTo"]> {
-    return this.#attempts.must("route look-up", () => this.#world.kernel.routesTo(addresses));
-  }
-
-  #pathsTo(addresses: readonly Ipv4[]): (Path | undefined)[] {
-    return this.#routesTo(addresses).map((route) => {
-      const link = route === undefined ? undefined : this.#host.links.get(route.outIndex);
-      if (route === undefined || link === undefined) return undefined;
-      const { outIndex, gateway, source } = route;
-      const mtu = Math.min(route.mtu ?? link.mtu, link.mtu);
-      const path = { outIndex, gateway, source, mtu, ethernet: link.type === ETHERNET };
-      // Peers are reached in a few ways, so that thousands need not have a path each.
-      if (!samePath(this.#lastPath, path)) this.#lastPath = path;
-      return this.#lastPath;
-    });
-  }
-
-  /** Learns the paths to the holders of these leases, as far as they are not known. */
-  #learnPaths(leases: Iterable<Lease | undefined>): void {
-    const unknown = new Set<Ipv4>();
-    for (const lease of leases)
-      if (lease !== undefined && !this.#paths.has(lease.publicIp)) unknown.add(lease.publicIp);
-    if (unknown.size === 0) return;
-    const addresses = [...unknown];
-    const paths = this.#pathsTo(addresses);
-    addresses.forEach((address, index) => {
-      this.#setPath(address, paths[index]);
-    });
-  }
-
-  #setPath(address: Ipv4, path: Path | undefined): void {
-    this.#paths.set(address, path);
-    if (path === undefined || this.#ways.has(path.outIndex)) return;
-    this.#ways.add(path.outIndex);
-    this.#waysStale = true;
-  }
-
-  #renewPaths(): void {
-    const inForce = new Set<Ipv4>();
-    for (const lease of this.#desired.leases.values()) inForce.add(lease.publicIp);
-    this.#ways.clear();
-    this.#waysStale = true;
-    for (const address of this.#paths.keys()) if (!inForce.has(address)) this.#paths.delete(address);
-    const addresses = [...this.#paths.keys()];
-    const paths = this.#pathsTo(addresses);
-    addresses.forEach((address, index) => {
-      const now = paths[index];
-      if (!samePath(now, this.#paths.get(address))) this.#rowsStale = true;
-      this.#setPath(address, now);
     });
   }
 
@@ -959,44 +904,9 @@ export class Agent {
     if (this.#mayBeDirect(facts)) interfaces.push(...underlay);
     const obeysDocker = this.#options.forwardRules === false;
     const traffic = { network: facts.network.network, interfaces, underlay, obeysDocker };
-    const text = JSON.stringify(traffic);
-    if (text !== this.#judged) {
-      this.#judged = text;
-      this.#judge(traffic, facts.letIn);
-    }
-    const { needsStack = true, letsIn = false } = this.#judgement ?? {};
-    const direct = this.#mayPassPlain || this.#mayBeDirect(facts);
+    const { needsStack, letsIn } = this.#judging.judge(traffic, facts.letIn);
+    const direct = this.#judging.mayPassPlain || this.#mayBeDirect(facts);
     return { fastPath: needsStack ? "FAST_PATH_STACK" : fastPath, letIn: letsIn, direct };
-  }
-
-  #judge(traffic: PodTraffic, letIn: boolean): void {
-    const before = this.#judgement;
-    const firewall = this.#firewall;
-    const reasons =
-      firewall === undefined
-        ? ["the firewall's rules have not been read yet"]
-        : reasonsForStack(firewall, traffic);
-    const needsStack = reasons.length > 0;
-    const outside =
-      firewall === undefined || needsStack || !letIn ? [] : reasonsForOutside(firewall, traffic);
-    const letsIn = letIn && !needsStack && outside.length === 0;
-    this.#judgement = { needsStack, reasons, letsIn, outside };
-    const { interfaces, underlay } = traffic;
-    const everywhere = { ...traffic, interfaces: [...new Set([...interfaces, ...underlay])] };
-    this.#mayPassPlain =
-      firewall !== undefined && !needsStack && reasonsForStack(firewall, everywhere).length === 0;
-    const { log } = this.#world;
-    if (needsStack && reasons.join() !== before?.reasons.join()) {
-      log.info({ reasons }, "the firewall must see what pods send: their packets take the stack");
-    } else if (!needsStack && before?.needsStack === true) {
-      log.info({}, "nothing in the firewall concerns what pods send: their packets skip the stack");
-    }
-    if (outside.length > 0 && outside.join() !== before?.outside.join()) {
-      log.info(
-        { reasons: outside },
-        "the firewall must see what comes to pods from outside the network: those packets take the stack",
-      );
-    }
   }
 
   /** Loads programs if what they were loaded with changed; the maps are open from then on. */
@@ -1184,7 +1094,7 @@ export class Agent {
 
   /** The Ethernet interfaces by which peers reach us. */
   #ethernetWays(facts: Facts): ReadonlySet<number> {
-    const ways = [facts.uplink.index, ...this.#ways];
+    const ways = [facts.uplink.index, ...this.#paths.ways];
     return new Set(ways.filter((index) => this.#host.links.get(index)?.type === ETHERNET));
   }
 
@@ -1278,17 +1188,6 @@ interface Base {
   readonly network: Network;
   readonly uplink: Uplink;
   readonly overlay: Overlay | undefined;
-}
-
-function samePath(a: Path | undefined, b: Path | undefined): boolean {
-  if (a === undefined || b === undefined) return a === b;
-  return (
-    a.outIndex === b.outIndex &&
-    a.gateway === b.gateway &&
-    a.source === b.source &&
-    a.mtu === b.mtu &&
-    a.ethernet === b.ethernet
-  );
 }
 
 /** Replaces one row that a lease wants by another. */
