@@ -240,7 +240,7 @@ export class Agent {
   readonly #fdb = new Table<FdbRow>("fdb");
   readonly #attachments = new Table<AttachmentRow>("attachments");
   /** Those of them without which packets do not get by. */
-  #vital: readonly AttachmentRow[] = [];
+  #vital: readonly (readonly [key: string, row: AttachmentRow])[] = [];
   readonly #tables: readonly Pick<Table<unknown>, "name" | "retry" | "failures">[];
 
   #cancelRound: (() => void) | undefined;
@@ -1064,7 +1064,7 @@ export class Agent {
     const direct = this.#mayBeDirect(facts);
     const rows = attachmentsOf(facts, this.#pods, ways, this.#uplinkIndexes, direct);
     this.#attachments.wantAll(rows);
-    this.#vital = [...rows.values()].filter(({ hook }) => !SPARED_HOOKS.includes(hook));
+    this.#vital = [...rows].filter(([, { hook }]) => !SPARED_HOOKS.includes(hook));
   }
 
   /** By which interfaces, and under which addresses, pods are masqueraded. */
@@ -1159,7 +1159,7 @@ export class Agent {
   #scheduleVital(): void {
     this.#cancelVital = this.#world.clock.after(VITAL_MS, () => {
       this.#scheduleVital();
-      if (this.#vital.every((row) => this.#isInPlace(row))) return;
+      if (this.#vital.every(([key, row]) => this.#isInPlace(key, row))) return;
       // With its pin gone, others may be as well.
       this.#mapsStale = this.#attachmentsStale = true;
       this.#wake();
@@ -1167,8 +1167,8 @@ export class Agent {
   }
 
   /** Whether a program that was in place is so still, as far as one can tell. */
-  #isInPlace(row: AttachmentRow): boolean {
-    if (this.#attachments.actualRow(attachmentKey(row)) === undefined) return true;
+  #isInPlace(key: string, row: AttachmentRow): boolean {
+    if (this.#attachments.actualRow(key) === undefined) return true;
     try {
       return this.#world.dataplane.isAttached(row);
     } catch {

@@ -793,6 +793,9 @@ export type DataplaneCall =
   | "attach"
   | "detach";
 
+/** Thrown so often while hours go by that making one each time would take longer than all the rest. */
+const UNREADABLE = new Error("bpf: attachments failed: ENOMEM");
+
 /** What is pinned, and so outlives the agent: maps and attached programs. `open` is what each agent has. */
 export class FakeDataplane {
   readonly maps: { readonly [Name in MapName]: Map<string, MapRows[Name]> } = {
@@ -883,7 +886,7 @@ export class FakeDataplane {
         return new Map([...this.attached].map(([key, { row }]) => [key, row]));
       },
       isAttached: ({ hook, ifindex }) => {
-        check("attachments");
+        if (this.refuse("attachments")) throw UNREADABLE;
         return this.attached.has(`${hook}-${ifindex}`);
       },
       attach: (row) => {
