@@ -139,11 +139,6 @@ const HOLD_MS = 5_000;
 /** The shortest time between two reads of the peers' maps because packets were refused. */
 const REFUSED_MS = 500;
 /**
- * How often the programs are looked at without which packets do not get by, or with a wrong address: of a TCX link that was
- * detached nobody is told.
- */
-const VITAL_MS = 500;
-/**
  * A resync dumps the kernel's tables, of whose changes we are told anyway, only as often as the looking at them takes no
  * more than this share of the time: with some ten thousand peers every few minutes. The maps are read back each time.
  */
@@ -246,7 +241,6 @@ export class Agent {
   #cancelRound: (() => void) | undefined;
   #cancelRetry: (() => void) | undefined;
   #cancelResync: (() => void) | undefined;
-  #cancelVital: (() => void) | undefined;
   #cancelForget: (() => void) | undefined;
   #cancelHeld: (() => void) | undefined;
   #retryMs = RETRY_MIN_MS;
@@ -292,7 +286,6 @@ export class Agent {
   start(): void {
     this.#attempts.attempt("kernel tables", () => this.#dump());
     this.#scheduleResync();
-    this.#scheduleVital();
     this.#wake();
   }
 
@@ -305,7 +298,6 @@ export class Agent {
     this.#cancelRound?.();
     this.#cancelRetry?.();
     this.#cancelResync?.();
-    this.#cancelVital?.();
     this.#cancelForget?.();
     this.#cancelHeld?.();
   }
@@ -369,6 +361,17 @@ export class Agent {
     this.#trustedUntil = now + this.#trustMs;
     this.#trustMs = Math.min(2 * this.#trustMs, Math.max(REFUSED_MS, this.#options.resyncMs));
     this.#mapsStale = true;
+    this.#wake();
+  }
+
+  /**
+   * Looks whether those programs are in place without which packets do not get by, or with a wrong address: of a TCX link
+   * that was detached nobody is told. To be called often; it asks the kernel of a few links alone.
+   */
+  checkAttachments(): void {
+    if (this.#vital.every(([key, row]) => this.#isInPlace(key, row))) return;
+    // With its pin gone, others may be as well.
+    this.#mapsStale = this.#attachmentsStale = true;
     this.#wake();
   }
 
@@ -1154,16 +1157,6 @@ export class Agent {
     this.#mapsStale = this.#configText !== "";
     this.#scheduleResync();
     this.#wake();
-  }
-
-  #scheduleVital(): void {
-    this.#cancelVital = this.#world.clock.after(VITAL_MS, () => {
-      this.#scheduleVital();
-      if (this.#vital.every(([key, row]) => this.#isInPlace(key, row))) return;
-      // With its pin gone, others may be as well.
-      this.#mapsStale = this.#attachmentsStale = true;
-      this.#wake();
-    });
   }
 
   /** Whether a program that was in place is so still, as far as one can tell. */

@@ -86,8 +86,8 @@ const PEERS_LISTED = 10_000;
 /** How often the flows that stay on the stack are counted, and the pause between two steps of a count. */
 const FLOWS_MS = 10_000;
 const FLOWS_STEP_MS = 20;
-/** How often to look whether the programs drop tunnel packets as no peer's. */
-const REFUSED_MS = 250;
+/** How often to look for what the kernel tells nobody of: tunnel packets dropped as no peer's, programs detached. */
+const UNTOLD_MS = 250;
 
 const FAST_PATHS: Readonly<Record<Settings["fastPath"], FastPath>> = {
   off: "FAST_PATH_OFF",
@@ -416,7 +416,7 @@ async function serve(
         })
       : undefined;
   agent.start();
-  const watching = watchRefused(dataplane, () => agent.onRefused());
+  const watching = watchUntold(dataplane, agent);
   for await (const event of store.watch(stopping.signal)) agent.onStore(event);
 
   clearInterval(watching);
@@ -429,18 +429,19 @@ async function serve(
   return outcome;
 }
 
-/** Tells of packets that the programs drop as no peer's; the kernel tells nobody of a row that is gone. */
-function watchRefused(dataplane: Dataplane, tell: () => void): NodeJS.Timeout {
+/** Looks for what the kernel tells nobody of: a row that is gone, for packets are dropped as no peer's, and a program. */
+function watchUntold(dataplane: Dataplane, agent: Agent): NodeJS.Timeout {
   let before = 0n;
   return setInterval(() => {
+    agent.checkAttachments();
     try {
       const refused = dataplane.refused();
-      if (refused > before) tell();
+      if (refused > before) agent.onRefused();
       before = refused;
     } catch {
       // Whatever keeps the counters from being read, the next resync meets it too, and shows it.
     }
-  }, REFUSED_MS);
+  }, UNTOLD_MS);
 }
 
 /** Keeps the status file and the log in step with the agent, each change once. */
