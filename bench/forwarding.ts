@@ -4,7 +4,7 @@ import type { Host } from "../test/lab.ts";
 import { startUdpPeer } from "../test/udppeer.ts";
 import { addForwardRules, pairHostGw, pairVxlan } from "./baseline.ts";
 import { network, type Path, type Row, type Suite, startTwillds, subnets } from "./suite.ts";
-import { connections, load, roundTrips, tcpStream, udpPackets } from "./workloads.ts";
+import { connections, load, roundTrips, tcpStream, udpCost, udpPackets } from "./workloads.ts";
 
 const rows: readonly Row[] = [
   {
@@ -66,9 +66,44 @@ const rows: readonly Row[] = [
 export const forwarding: Suite = {
   name: "forwarding",
   rows,
-  workloads: [tcpStream, udpPackets, roundTrips, connections],
+  workloads: [tcpStream, udpPackets, udpCost, roundTrips, connections],
   kernel:
     "iproute2 and iptables as flanneld sets them up, with its default FORWARD rules; bridge netfilter as the kernel has it",
+};
+
+const BARE = /vxlan|host-gw|host to host/;
+
+/** The same with nothing left to the uplinks: the stack cuts aggregates and adds checksums itself, as without a good card. */
+export const offloads: Suite = {
+  ...forwarding,
+  name: "offloads",
+  rows: rows
+    .filter(({ name }) => BARE.test(name))
+    .map((row) => ({
+      ...row,
+      async build(lab, hosts) {
+        const path = await row.build(lab, hosts);
+        for (const host of hosts)
+          await host.exec([
+            "ethtool",
+            "-K",
+            "eth0",
+            "tx",
+            "off",
+            "rx",
+            "off",
+            "tso",
+            "off",
+            "gso",
+            "off",
+            "gro",
+            "off",
+          ]);
+        return path;
+      },
+    })),
+  workloads: [tcpStream, udpPackets, connections],
+  network: "hosts are network namespaces joined by a veth pair, MTU 1500, all offloads of the veth off",
 };
 
 function nodes(hosts: [Host, Host]): [Host, string][] {

@@ -4,7 +4,8 @@
  * connections per second, between two addresses.
  *
  *   load [-c CPU] sink ADDRESS PORT SECONDS         counts UDP packets for SECONDS, from 0.3 s after the first
- *   load [-c CPU] blast ADDRESS PORT SECONDS SIZE   sends UDP packets of SIZE bytes as fast as it can
+ *   load [-c CPU] blast ADDRESS PORT SECONDS SIZE [RATE]
+ *                                                   sends UDP packets of SIZE bytes as fast as it can, or RATE a second
  *   load [-c CPU] serve ADDRESS PORT SECONDS        answers rr and crr for SECONDS at most
  *   load [-c CPU] rr ADDRESS PORT SECONDS           one byte there and back over one connection
  *   load [-c CPU] crr ADDRESS PORT SECONDS          the same with a connection for each
@@ -107,12 +108,21 @@ static void sink(struct sockaddr_in *address, double seconds)
 	printf("{\"packetsPerSecond\": %.1f}\n", packets / ((at - begin) / 1e9));
 }
 
-static void blast(struct sockaddr_in *address, double seconds, size_t size)
+/* Sleeps until this many packets may have been sent since the beginning. */
+static void await(uint64_t begin, uint64_t packets, double rate)
+{
+	uint64_t due = begin + (uint64_t)(packets / rate * 1e9);
+	struct timespec t = { .tv_sec = due / 1000000000, .tv_nsec = due % 1000000000 };
+
+	clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &t, NULL);
+}
+
+static void blast(struct sockaddr_in *address, double seconds, size_t size, double rate)
 {
 	static char bytes[MAX_SIZE];
 	struct mmsghdr messages[BATCH] = {};
 	struct iovec part = { bytes, size };
-	uint64_t end = now() + (uint64_t)(seconds * 1e9);
+	uint64_t begin = now(), end = begin + (uint64_t)(seconds * 1e9), packets = 0;
 	int fd = open_socket(SOCK_DGRAM);
 
 	if (size > MAX_SIZE)
@@ -127,6 +137,9 @@ static void blast(struct sockaddr_in *address, double seconds, size_t size)
 		/* The receiver may have closed already, and a full queue is what we are here for. */
 		if (sendmmsg(fd, messages, BATCH, 0) < 0 && errno != ECONNREFUSED && errno != ENOBUFS)
 			fail("send");
+		packets += BATCH;
+		if (rate > 0)
+			await(begin, packets, rate);
 	}
 }
 
@@ -314,7 +327,7 @@ int main(int argc, char **argv)
 	}
 	setrlimit(RLIMIT_NOFILE, &files);
 	if (argc < 5 || inet_pton(AF_INET, argv[2], &address.sin_addr) != 1) {
-		fputs("usage: load [-c CPU] sink|blast|serve|rr|crr|answer|open ADDRESS PORT SECONDS [SIZE | PORTS [COUNT]]\n", stderr);
+		fputs("usage: load [-c CPU] sink|blast|serve|rr|crr|answer|open ADDRESS PORT SECONDS [SIZE [RATE] | PORTS [COUNT]]\n", stderr);
 		return 2;
 	}
 	mode = argv[1];
@@ -326,7 +339,7 @@ int main(int argc, char **argv)
 	if (!strcmp(mode, "sink"))
 		sink(&address, seconds);
 	else if (!strcmp(mode, "blast"))
-		blast(&address, seconds, argc > 5 ? atoi(argv[5]) : 64);
+		blast(&address, seconds, argc > 5 ? atoi(argv[5]) : 64, argc > 6 ? atof(argv[6]) : 0);
 	else if (!strcmp(mode, "serve"))
 		serve(&address);
 	else if (!strcmp(mode, "rr"))

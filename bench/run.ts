@@ -1,6 +1,6 @@
 /**
  * `make bench`: Twill next to the kernel set up as flanneld does it, in one run: `forwarding` between pods, and next to
- * the wire itself; `masquerade` from pods to the outside; `monitor` with `twill monitor` watching a flood of drops.
+ * the wire itself; `offloads`, the same with those of the uplinks off; `masquerade` from pods to the outside; `monitor` with `twill monitor` watching a flood of drops.
  *
  * Each row of a table has a pair of hosts of its own, joined by a cable, all at once. A round takes one load
  * after the other and measures all rows with it, in an order that rotates from round to round, so that a slow
@@ -17,14 +17,14 @@ import { setTimeout } from "node:timers/promises";
 import { parseArgs } from "node:util";
 import { createLab, type Lab, repository } from "../test/lab.ts";
 import { median, type Report, type Result, resultOf, tables } from "./figures.ts";
-import { forwarding } from "./forwarding.ts";
+import { forwarding, offloads } from "./forwarding.ts";
 import { describeMachine, publish } from "./machine.ts";
 import { masquerade } from "./masquerade.ts";
 import { monitor } from "./monitor.ts";
 import type { Path, Row, Suite } from "./suite.ts";
 import { checkPrograms } from "./workloads.ts";
 
-const suites: readonly Suite[] = [forwarding, masquerade, monitor];
+const suites: readonly Suite[] = [forwarding, offloads, masquerade, monitor];
 
 /** What was asked of a run. */
 interface Order {
@@ -162,6 +162,7 @@ async function describeEnvironment(
     load: `${rounds} rounds, ${seconds} s per load; client on CPU 0, server on CPU 1; order of the rows rotated`,
     others: `before the loads, ${percent(median(busy))} of the processors was in use (at most ${percent(Math.max(...busy))})`,
     network:
+      suite.network ??
       "hosts are network namespaces joined by a veth pair, MTU 1500, the veth's default offloads (TSO, GSO on)",
     kernelRows: suite.kernel,
   };

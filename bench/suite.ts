@@ -35,6 +35,8 @@ export interface Suite {
   readonly workloads: readonly Workload[];
   /** How the rows of the kernel are set up. */
   readonly kernel: string;
+  /** What the hosts are joined by; a veth pair as the kernel makes it by default. */
+  readonly network?: string;
 }
 
 /** Starts twilld on these hosts, each with the subnet that is given; the first has the etcd. */

@@ -1,11 +1,14 @@
 /**
- * What is measured between two places: bulk TCP, small UDP packets, TCP round trips, TCP connections.
+ * What is measured between two places: bulk TCP, small UDP packets, as many as go and at a fixed rate, TCP round trips,
+ * TCP connections.
  *
  * Each load is bounded in time on both sides, and client and server are pinned to a CPU each, so that the
  * scheduler's choice is not measured. Only what arrived counts.
  */
 import { existsSync } from "node:fs";
+import { cpus } from "node:os";
 import { join } from "node:path";
+import { setTimeout } from "node:timers/promises";
 import type { Namespace } from "../test/lab.ts";
 import { repository } from "../test/lab.ts";
 import type { Metric } from "./figures.ts";
@@ -46,6 +49,52 @@ export const udpPackets: Workload = {
     return [Number(rate) / 1000];
   },
 };
+
+/** Packets a second of `udpCost`: less than the slowest row can do. */
+const PACED = 30_000;
+
+/** The same packets at a fixed rate, which every row carries: what each costs at either end. */
+export const udpCost: Workload = {
+  metrics: [
+    {
+      key: "udpSent",
+      title: `UDP at ${PACED / 1000} kpps, client's CPU, µs a packet`,
+      digits: 2,
+      better: "lower",
+    },
+    {
+      key: "udpReceived",
+      title: `UDP at ${PACED / 1000} kpps, server's CPU, µs a packet`,
+      digits: 2,
+      better: "lower",
+    },
+  ],
+  async run(from, to, address, seconds) {
+    const sink = to.spawn([load, "-c", serverCpu, "sink", address, "9000", String(seconds + 0.2)]);
+    await sink.line(/ready/);
+    const argv = [load, "-c", clientCpu, "blast", address, "9000", String(seconds + 3), "64", String(PACED)];
+    const blast = from.spawn(argv);
+    await setTimeout(300);
+    const before = idleTimes();
+    await setTimeout(seconds * 1000);
+    const after = idleTimes();
+    const [, rate] = await sink.line(/"packetsPerSecond": ([\d.]+)/);
+    await blast.stop();
+    await sink.stop();
+    if (Number(rate) < 0.99 * PACED)
+      throw new Error(`${address} got ${rate} of ${PACED} packets a second: the row cannot carry them`);
+    return [clientCpu, serverCpu].map((cpu) => {
+      const idle = (after.idle[Number(cpu)] ?? 0) - (before.idle[Number(cpu)] ?? 0);
+      const elapsed = after.at - before.at;
+      return ((elapsed - idle) * 1000) / (PACED * (elapsed / 1000));
+    });
+  },
+};
+
+/** When each processor had nothing to do, in milliseconds in all, and now; the kernel counts in steps of 10. */
+function idleTimes(): { readonly at: number; readonly idle: readonly number[] } {
+  return { at: performance.now(), idle: cpus().map(({ times }) => times.idle) };
+}
 
 export const roundTrips: Workload = {
   metrics: [
