@@ -29,7 +29,21 @@ export const tcpStream: Workload = {
   async run(from, to, address, seconds) {
     const server = to.spawn(["iperf3", "-s", "-1", "--forceflush", "-B", address, "-A", serverCpu]);
     await server.line(/Server listening/);
-    const argv = ["iperf3", "-J", "-c", address, "-t", String(seconds), "-O", "1", "-A", clientCpu];
+    // One that paces by what it measures of the way would measure itself.
+    const control = ["-C", "cubic"];
+    const argv = [
+      "iperf3",
+      "-J",
+      "-c",
+      address,
+      "-t",
+      String(seconds),
+      "-O",
+      "1",
+      "-A",
+      clientCpu,
+      ...control,
+    ];
     const { stdout } = await from.exec(argv);
     await server.stop();
     const report = JSON.parse(stdout) as { end: { sum_received: { bits_per_second: number } } };
