@@ -86,6 +86,8 @@ async function measure(host: Host, etcd: Etcd, peers: number, flags: readonly st
   await twilld.stop();
 }
 
+// Only a process that exits takes its lab away.
+for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, () => process.exit(130));
 const started = performance.now();
 const lab = await createLab();
 try {
