@@ -5,7 +5,9 @@ import { defineConfig } from "vitest/config";
 
 const real = ["test/{bpf,deploy,edge,e2e,loader}/**/*.test.ts"];
 const quiet = ["test/e2e/{fault,restart,scenario,wire}.test.ts"];
-const patience = { testTimeout: 60_000, hookTimeout: 120_000 };
+// An emulated processor (test/kernel/run) takes longer.
+const slowness = Number(process.env.TWILL_SLOWNESS ?? 1);
+const patience = { testTimeout: slowness * 60_000, hookTimeout: slowness * 120_000 };
 
 export default defineConfig({
   test: {
