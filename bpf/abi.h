@@ -299,7 +299,7 @@ struct inbound {
 /* Key of `uplinks4` is an ifindex: an interface by which pods reach the outside, or the tunnel device. */
 struct uplink4 {
 	__u8 address[4]; /* of ours, for new connections */
-	__u8 former[4];  /* the one before it, whose connections may end in peace; or 0.0.0.0 */
+	__u8 former[4];  /* the one before it, while it is there; or 0.0.0.0 */
 };
 
 /* Key of `excluded4`, a trie: destinations to which pods keep their address. */

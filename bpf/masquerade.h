@@ -1435,6 +1435,17 @@ static __always_inline __u32 connections_of(const struct census4 *census)
 	return sum;
 }
 
+/* Whether its interface still lends the connection's address. One that lends none for the moment says nothing. */
+static __always_inline int is_lent4(const struct connection_key4 *key, const struct connection4 *connection)
+{
+	__u32 ifindex = connection->ifindex;
+	__be32 address = bytes4(key->address);
+	struct uplink4 *uplink = bpf_map_lookup_elem(&uplinks4, &ifindex);
+
+	return !uplink || connection->bucket == NO_BUCKET || address == bytes4(uplink->address) ||
+	       address == bytes4(uplink->former);
+}
+
 /*
  * Looks at the connection that comes next, once a round, and removes it if it has ended. Returns whether all have been
  * looked at. Not static for the same reason as next_candidate4.
@@ -1459,6 +1470,9 @@ __noinline int sweep_next4(__u64 now)
 	if (!connection)
 		return 0;
 	timeout = timeout_ns(entry.key.protocol, connection, state->pressed);
+	/* Its pod speaks under another name by now, and nobody answers to this one. */
+	if (!is_lent4(&entry.key, connection) && timeout > config.timeouts.tcp_closing * SECOND_NS)
+		timeout = config.timeouts.tcp_closing * SECOND_NS;
 	bpf_spin_lock(&connection->lock);
 	if ((__s64)(now - connection->seen_ns) >= (__s64)timeout) {
 		connection->state = CONNECTION_GONE;

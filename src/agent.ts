@@ -59,6 +59,7 @@ import {
   type UplinkRow,
   uplinkKey,
   uplinksOf,
+  withFormersOnHost,
 } from "./core/masquerade.ts";
 import type { Lease, Mac, Network, StoreEvent } from "./core/model.ts";
 import { findPods, NO_PODS, type Pods } from "./core/pods.ts";
@@ -230,6 +231,8 @@ export class Agent {
   #uplinkIndexes: readonly number[] = [];
   /** The last row of each uplink, also of one that has no address for a moment. */
   readonly #lastUplinks = new Map<string, UplinkRow>();
+  /** Former addresses of uplinks that are not there any more, and until when they count, see `withFormersOnHost`. */
+  readonly #lostFormers = new Map<string, number>();
   readonly #routes = new Table<RouteRow>("routes");
   readonly #neighbours = new Table<NeighbourRow>("neighbours");
   readonly #fdb = new Table<FdbRow>("fdb");
@@ -243,6 +246,7 @@ export class Agent {
   #cancelResync: (() => void) | undefined;
   #cancelForget: (() => void) | undefined;
   #cancelHeld: (() => void) | undefined;
+  #cancelLost: (() => void) | undefined;
   #retryMs = RETRY_MIN_MS;
   /** Until when refused packets are no reason to look, and for how long then. */
   #trustedUntil = 0;
@@ -300,6 +304,7 @@ export class Agent {
     this.#cancelResync?.();
     this.#cancelForget?.();
     this.#cancelHeld?.();
+    this.#cancelLost?.();
   }
 
   onStore(event: StoreEvent): void {
@@ -588,6 +593,11 @@ export class Agent {
       return;
     }
     this.#findPods(facts);
+    // Nor need new connections to the outside wait, which would begin under an address that may be gone.
+    if (this.#configText !== "" && this.#uplinksStale) {
+      this.#findUplinks(facts);
+      this.#putUplinks();
+    }
     this.#loadPrograms(facts);
     if (this.#mapsStale) this.#attempts.attempt("maps", () => this.#observeMaps());
     if (this.#attachmentsStale) this.#attempts.attempt("attachments", () => this.#observeAttachments());
@@ -601,8 +611,7 @@ export class Agent {
     }
     this.#writer.putMap("endpoints4", this.#endpoints);
     this.#writer.putMap("interfaces", this.#interfaces);
-    this.#writer.putMap("excluded4", this.#excluded);
-    this.#writer.putMap("uplinks4", this.#uplinks);
+    this.#putUplinks();
     if (this.#activateStale) this.#attempts.attempt("programs", () => this.#activate());
     this.#writer.attach(this.#attachments, nameOf);
     this.#writer.detach(this.#attachments, nameOf);
@@ -1089,10 +1098,32 @@ export class Agent {
       (key) => this.#lastUplinks.get(key) ?? this.#uplinks.actualRow(key),
     );
     for (const row of rows.values()) this.#lastUplinks.set(uplinkKey(row), row);
-    this.#uplinks.wantAll(rows);
+    const { clock } = this.#world;
+    this.#uplinks.wantAll(
+      withFormersOnHost(rows, this.#host.addresses.values(), this.#lostFormers, clock.now()),
+    );
+    this.#awaitLost();
     this.#uplinkIndexes = [...rows.values()]
       .map(({ ifindex }) => ifindex)
       .filter((ifindex) => ifindex !== overlay?.index);
+  }
+
+  /** Looks again when a lost address has not been put back in time. */
+  #awaitLost(): void {
+    const { clock } = this.#world;
+    this.#cancelLost?.();
+    this.#cancelLost = undefined;
+    const due = [...this.#lostFormers.values()].filter((until) => until > clock.now());
+    if (due.length === 0) return;
+    this.#cancelLost = clock.after(Math.min(...due) - clock.now(), () => {
+      this.#uplinksStale = true;
+      this.#wake();
+    });
+  }
+
+  #putUplinks(): void {
+    this.#writer.putMap("excluded4", this.#excluded);
+    this.#writer.putMap("uplinks4", this.#uplinks);
   }
 
   /** The Ethernet interfaces by which peers reach us. */

@@ -1,4 +1,5 @@
 import { describe, expect, test } from "vitest";
+import { FORMER_HOLD_MS, timeoutsOf } from "../src/core/masquerade.ts";
 import { cidr, cidrText, config, ip, ipText, type Node, record, World } from "./sim/fakes.ts";
 
 const VXLAN = { Type: "vxlan" };
@@ -674,6 +675,38 @@ describe("the store", () => {
     expect(routes(node)).toContain(`${subnet} via ${subnet.replace("/24", "")} dev flannel.1`);
     const addresses = [...node.kernel.addresses.values()].filter(({ index }) => index === node.device?.index);
     expect(addresses.map(({ address }) => ipText(address))).toEqual([now.replace("/24", "")]);
+  });
+
+  test("pods leave under a new address at once, however long programs take to load; the former counts while it is there", async () => {
+    const masquerade = {
+      ports: { first: 61000, last: 65535 },
+      excluded: [],
+      timeouts: timeoutsOf(() => undefined),
+      seed: 1,
+      connections: 1000,
+    };
+    const [world, node] = await forwarding(1, VXLAN, { ipMasq: true, masquerade });
+    const uplink = () => node.dataplane.maps.uplinks4.get("2");
+    const [first, second] = [ip("192.168.0.1"), ip("192.168.0.50")];
+    expect(uplink()).toMatchObject({ address: first, former: 0 });
+    node.dataplane.refuse = (call) => call === "load";
+    node.kernel.addAddress(2, cidr("192.168.0.50/24"));
+    node.kernel.deleteAddress(2, cidr("192.168.0.1/24"));
+    await world.settle();
+    expect(node.status().failures.map(({ what }) => what)).toContain("programs");
+    expect(uplink()).toMatchObject({ address: second, former: first });
+    node.dataplane.refuse = () => false;
+    await world.pass(FORMER_HOLD_MS / 2);
+    // Whoever renumbers a node keeps the former address so.
+    node.kernel.addAddress(2, cidr("192.168.0.1/32"));
+    await world.pass(2 * FORMER_HOLD_MS);
+    expect(uplink()).toMatchObject({ address: second, former: first });
+    node.kernel.deleteAddress(2, cidr("192.168.0.1/32"));
+    await world.settle();
+    expect(uplink()).toMatchObject({ address: second, former: first });
+    await world.pass(FORMER_HOLD_MS);
+    expect(uplink()).toMatchObject({ address: second, former: 0 });
+    expect(node.status().failures).toEqual([]);
   });
 
   test("a public address that changed is published, and the device follows", async () => {

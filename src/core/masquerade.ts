@@ -4,13 +4,13 @@
  *
  * Not only the interface to other nodes counts: pods' packets leave by whatever the routes say, and each such
  * interface lends them its own first address, as the kernel's MASQUERADE does. An address that changes is kept
- * as the former one, under which connections go on until they end.
+ * as the former one, under which connections go on until they end, or until the interface has it no more.
  *
  * The tunnel device has a row too, with the address that it has: for what comes from outside the network and goes on to
  * a pod of another node.
  */
 import type { Address, Link } from "./host.ts";
-import { formatCidr, type Ipv4, networkOf, type Prefix } from "./ipv4.ts";
+import { formatCidr, formatIpv4, type Ipv4, networkOf, type Prefix } from "./ipv4.ts";
 
 /** Seconds without a packet after which a connection is forgotten; the fields of `struct timeouts`. */
 export interface Timeouts {
@@ -41,7 +41,7 @@ export interface Masquerade {
 export interface UplinkRow {
   readonly ifindex: number;
   readonly address: Ipv4;
-  /** The address before this one; 0 if there was none. */
+  /** The address before this one; 0 if there was none, or the interface does not have it any more. */
   readonly former: Ipv4;
 }
 
@@ -112,6 +112,37 @@ export function uplinksOf(
   }
   return rows;
 }
+
+/** How long a former address counts that its interface has lost: whoever renumbers a node may put it back at once. */
+export const FORMER_HOLD_MS = 2_000;
+
+/**
+ * The rows with such former addresses as their interfaces have. To another one no answer comes: what has begun under it
+ * is to begin anew, which a remote answers with a reset where it must. `lost` are those that an interface lacks, and until
+ * when they count; it is kept from one call to the next.
+ */
+export function withFormersOnHost(
+  rows: ReadonlyMap<string, UplinkRow>,
+  addresses: Iterable<Address>,
+  lost: Map<string, number>,
+  now: number,
+): Map<string, UplinkRow> {
+  const present = new Set([...addresses].map(({ index, address }) => formerKey(index, address)));
+  const missed = new Map<string, number>();
+  const kept = new Map<string, UplinkRow>();
+  for (const [key, row] of rows) {
+    const name = formerKey(row.ifindex, row.former);
+    const isMissed = row.former !== 0 && !present.has(name);
+    const until = lost.get(name) ?? now + FORMER_HOLD_MS;
+    if (isMissed) missed.set(name, until);
+    kept.set(key, isMissed && until <= now ? { ...row, former: 0 } : row);
+  }
+  lost.clear();
+  for (const [name, until] of missed) lost.set(name, until);
+  return kept;
+}
+
+const formerKey = (ifindex: number, address: Ipv4): string => `${ifindex} ${formatIpv4(address)}`;
 
 /** The rows of `excluded4`. */
 export function excludedOf(excluded: readonly Prefix[]): Map<string, ExcludedRow> {

@@ -302,6 +302,25 @@ describe("a new address of the node", () => {
     expect(readIp4(packetOf(outside.arrive(answer(old)))).destination).toBe(POD.address);
     expect(readIp4(packetOf(outside.arrive(answer(fresh)))).destination).toBe(POD.address);
   });
+
+  test("is for all flows once the former one is gone, and a reset for what began there reaches the pod", () => {
+    const flows = [ip4(packet()), tcp(packet({ body: { tcp: [1000, 80] } }), ACK)];
+    for (const flow of flows) outside.leave(flow);
+    outside.uplink("10.4.7.99");
+    const [, anew = flows[0]] = flows.map((flow) => {
+      const out = outside.leave(flow);
+      expect(out.verdict).toBe("MASQUERADED");
+      expect(readIp4(packetOf(out)).source).toBe("10.4.7.99");
+      expect(packetOf(outside.arrive(answer(packetOf(out))))).toEqual(answer(flow));
+      return packetOf(out);
+    });
+    const [port] = portsOf(anew ?? Buffer.alloc(0));
+    const reset = tcp({ source: REMOTE, destination: "10.4.7.99", body: { tcp: [80, port] } }, RST);
+    expect(readIp4(packetOf(outside.arrive(reset)))).toMatchObject({
+      destination: POD.address,
+      intact: true,
+    });
+  });
 });
 
 describe("ICMP errors", () => {
@@ -574,6 +593,32 @@ describe("connections expire", () => {
     for (let i = 2; i < 35; i++) outside.leave(tcp(flow(i), SYN));
     await until("the other to go for the many", () => left() === 33);
     expect(new Set(states())).toEqual(new Set(["CONNECTION_NEW"]));
+  });
+
+  test("those under an address that is lent no more go like those that one side has ended, and no others with them", async () => {
+    outside.close();
+    outside = new Outside({ timeouts: { ...TIMEOUTS, tcp_new: 3600, tcp_closing: 1 } });
+    const open = (i: number) => outside.leave(tcp(packet({ body: { tcp: [2000 + i, 80] } }), SYN));
+    const inbound = { source: REMOTE, destination: POD.address, body: { tcp: [80, 5000] } } as const;
+    outside.arrive(tcp(inbound, SYN));
+    open(0);
+    outside.uplink("10.4.7.98", NODE);
+    open(1);
+    outside.uplink("10.4.7.99", "10.4.7.98");
+    open(2);
+    expect(left()).toBe(4);
+    expect(outside.expire()).toBe(0);
+    await until("the one under the first address to go", () => left() === 3);
+    const addresses = outside.connections().map(({ address }) => address);
+    expect(addresses.sort()).toEqual(["10.4.7.98", "10.4.7.99", POD.address]);
+    // An interface without any address for the moment says nothing of those it had.
+    outside.node.object.map("uplinks4").delete(Buffer.from([1, 0, 0, 0]));
+    const rounds = codec(maps.census4.value);
+    const at = () =>
+      rounds.decode(outside.node.object.map("census4").lookup(Buffer.alloc(4)) ?? Buffer.alloc(0)).at_ns;
+    const before = at();
+    await until("three rounds of the sweep", () => at() - before > 3_000_000_000n);
+    expect(left()).toBe(3);
   });
 
   test("when the table is full, those that have ended go at once", async () => {

@@ -3,7 +3,14 @@ import fc from "fast-check";
 import { expect, test } from "vitest";
 import type { Address, Link } from "../../src/core/host.ts";
 import { type Ipv4, parseIpv4 } from "../../src/core/ipv4.ts";
-import { excludedOf, timeoutsOf, type UplinkRow, uplinksOf } from "../../src/core/masquerade.ts";
+import {
+  excludedOf,
+  FORMER_HOLD_MS,
+  timeoutsOf,
+  type UplinkRow,
+  uplinksOf,
+  withFormersOnHost,
+} from "../../src/core/masquerade.ts";
 import { reservePorts } from "../../src/core/ports.ts";
 
 const ip = (text: string): Ipv4 => parseIpv4(text) ?? 0;
@@ -76,6 +83,30 @@ test("an address that changes becomes the former one, and stays that", () => {
   expect(step("10.0.0.2")).toMatchObject({ address: ip("10.0.0.2"), former: ip("10.0.0.1") });
   expect(step("10.0.0.2")).toMatchObject({ former: ip("10.0.0.1") });
   expect(step("10.0.0.3")).toMatchObject({ former: ip("10.0.0.2") });
+});
+
+test("a former address counts while its interface has it, and a moment longer", () => {
+  const [now, former] = [ip("10.0.0.2"), ip("10.0.0.1")];
+  const row = { ifindex: 2, address: now, former };
+  const lost = new Map<string, number>();
+  const formerAt = (time: number, addresses: Address[], rows = [row]): Ipv4 | undefined =>
+    withFormersOnHost(new Map(rows.map((each) => ["2", each])), addresses, lost, time).get("2")?.former;
+  const both = [owned(2, "10.0.0.2"), owned(2, "10.0.0.1", { prefixLength: 32 })];
+  const one = [owned(2, "10.0.0.2"), owned(3, "10.0.0.1")];
+  expect(formerAt(0, both)).toBe(former);
+  expect(formerAt(1, one)).toBe(former);
+  expect([...lost.values()]).toEqual([1 + FORMER_HOLD_MS]);
+  expect(formerAt(FORMER_HOLD_MS, one)).toBe(former);
+  // Put back in time: it may be lost once more.
+  expect(formerAt(FORMER_HOLD_MS, both)).toBe(former);
+  expect(lost.size).toBe(0);
+  expect(formerAt(5000, one)).toBe(former);
+  expect(formerAt(5000 + FORMER_HOLD_MS, one)).toBe(0);
+  // For as long as it is away, however often it is asked for; and it is remembered.
+  expect(formerAt(90_000, one)).toBe(0);
+  expect(formerAt(90_001, both)).toBe(former);
+  expect(formerAt(90_002, one, [{ ...row, former: 0 }])).toBe(0);
+  expect(lost.size).toBe(0);
 });
 
 test("excluded networks are rows without host bits, each once", () => {
