@@ -5,7 +5,8 @@
  *   connections serve ADDRESS PORT COUNT        echoes on COUNT ports from PORT on; prints "ready", runs until ended
  *   connections hold ADDRESS PORT COUNT N       opens N connections, spread over the ports, and says "open"; at each
  *                                               SIGUSR1 exchanges a byte on every one and says "alive"
- *   connections sequence ADDRESS PORT COUNT N   opens N, one after the other, a byte there and back on each
+ *   connections sequence ADDRESS PORT COUNT N   opens N, one after the other, a byte there and back on each; fewer
+ *                                               if SIGTERM ends it
  *
  * `hold` ends at SIGTERM. It and `sequence` end with one line of JSON: how many were made and how many failed.
  */
@@ -124,13 +125,16 @@ int main(int argc, char **argv)
 	sigemptyset(&signals);
 	sigaddset(&signals, SIGUSR1);
 	sigaddset(&signals, SIGTERM);
-	if (!strcmp(argv[1], "hold"))
+	if (strcmp(argv[1], "serve"))
 		sigprocmask(SIG_BLOCK, &signals, 0);
 	if (!strcmp(argv[1], "serve"))
 		serve(argv[2], port, count);
 	n = argc > 5 ? atoi(argv[5]) : 1;
 	if (!strcmp(argv[1], "sequence")) {
-		for (int i = 0; i < n; i++) {
+		int i;
+
+		/* A signal waits until the connection at hand is done: what is interrupted is not what failed. */
+		for (i = 0; i < n && !sigpending(&signals) && !sigismember(&signals, SIGTERM); i++) {
 			int fd = open_one(argv[2], port + i % count);
 
 			if (fd < 0 || exchange(fd)) {
@@ -141,6 +145,7 @@ int main(int argc, char **argv)
 			if (fd >= 0)
 				close(fd);
 		}
+		n = i;
 	} else {
 		int *fds = calloc(n, sizeof(int));
 

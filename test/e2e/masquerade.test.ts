@@ -10,7 +10,7 @@ import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { codec } from "../../loader/codec.ts";
 import { openPinnedMap } from "../../loader/map.ts";
-import { connectionKey4Layout } from "../../src/abi/twill.gen.ts";
+import { connection4Layout, connectionKey4Layout } from "../../src/abi/twill.gen.ts";
 import { buildVariant } from "../fault/variant.ts";
 import { exec, type Host, type Namespace, type Process, repository, until } from "../lab.ts";
 import { Streams } from "../streams.ts";
@@ -30,6 +30,24 @@ const SERVER = "10.4.8.99";
 const NODE = "10.4.7.21";
 /** TWILL_CONNECTIONS=100000 is the whole of it. */
 const SEQUENCE = Number(process.env.TWILL_CONNECTIONS ?? 20_000);
+/** Speaks from one socket all the time, and says by which address the server knows it, when that changes. */
+const SPEAKS = `
+import socket, time
+client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+client.settimeout(0.5)
+client.connect(("${SERVER}", ${UDP_PORT}))
+known = None
+while True:
+    try:
+        client.send(b"who am I?")
+        seen = client.recv(200).decode().split()[1]
+        if seen != known:
+            print("known by", seen, flush=True)
+        known = seen
+    except OSError:
+        pass
+    time.sleep(0.05)
+`;
 const HOLD_PORT = `
 import socket, signal
 held = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -105,12 +123,29 @@ async function createOutside(backend: BackendName, flags: readonly string[] = []
   }
 }
 
-/** The masqueraded connections of a host: ports outside, and of which protocol. */
-function connections(host: Host): { port: number; protocol: number }[] {
+/** The names outside of the masqueraded connections of a host. */
+function connections(
+  host: Host,
+): { port: number; protocol: number; remote: Uint8Array; remote_port: number }[] {
   const map = openPinnedMap(join(host.pinPath, "connections4"));
   try {
     const keys = codec(connectionKey4Layout);
     return map.entries().map(([key]) => keys.decode(key));
+  } finally {
+    map.close();
+  }
+}
+
+/** How many TCP connections under an address have not ended. */
+function live(host: Host, address: string): number {
+  const map = openPinnedMap(join(host.pinPath, "connections4"));
+  try {
+    const [keys, values] = [codec(connectionKey4Layout), codec(connection4Layout)];
+    return map.entries().filter(([key, value]) => {
+      const name = keys.decode(key);
+      const { state } = values.decode(value);
+      return name.protocol === 6 && name.address.join(".") === address && state !== "CONNECTION_CLOSED";
+    }).length;
   } finally {
     map.close();
   }
@@ -319,32 +354,81 @@ describe("many connections", () => {
     expect(JSON.parse(stdout)).toEqual({ made: SEQUENCE, failed: 0 });
   }, 600_000);
 
-  test("a new address of the node is for new connections; those there are end under the former one", async () => {
-    const { cluster } = outside;
-    const { h1, a } = cluster;
-    const holder = a.spawn([program, "hold", SERVER, `${PORT}`, "16", "50"]);
-    await holder.line(/^open$/);
-    await h1.sysctl({
-      "net.ipv4.conf.all.promote_secondaries": 1,
-      "net.ipv4.conf.eth0.promote_secondaries": 1,
-    });
-    await h1.ip("address add 10.4.7.121/24 dev eth0");
-    await h1.ip("address del 10.4.7.21/24 dev eth0");
-    await h1.ip("address add 10.4.7.21/32 dev eth0");
-    await h1.ip("route replace default via 10.4.7.1");
-    await until("new connections to have the new address", async () => {
-      const { seen } = await probe(a, `udp ${SERVER} ${UDP_PORT} 100`);
-      return seen === "10.4.7.121";
-    });
-    expect(await probe(a, `tcp ${SERVER} ${TCP_PORT} 100000 100000`)).toMatchObject({ seen: "10.4.7.121" });
-    expect(await alive(holder)).toBe("alive 0");
-    await holder.stop();
-  }, 60_000);
-
   test("without a rule of ours", async () => {
     expect(await rules(outside.cluster.h1)).toBe(before);
     expect(before).not.toMatch(/twill|172\.7\./i);
   });
+});
+
+describe("another address for the node", () => {
+  const OTHER = "10.4.7.121";
+  const HELD = 20;
+  let outside: Outside;
+  beforeAll(async () => {
+    // The address is read off the interface, and few ports keep the table small.
+    outside = await createOutside("vxlan", ["--public-ip=", "--masq-ports=61000-61255"]);
+    await serveConnections(outside.server);
+    await outside.cluster.h1.sysctl({
+      "net.ipv4.conf.all.promote_secondaries": 1,
+      "net.ipv4.conf.eth0.promote_secondaries": 1,
+    });
+  });
+  afterAll(() => outside?.cluster.close());
+
+  /** Gives h1 the next address in the place of the former one, which `stays` beside it or goes. */
+  async function renumber(next: string, former: string, stays: boolean): Promise<void> {
+    const steps = [
+      `address add ${next}/24 dev eth0`,
+      `address del ${former}/24 dev eth0`,
+      ...(stays ? [`address add ${former}/32 dev eth0`] : []),
+      "route replace default via 10.4.7.1",
+    ];
+    await outside.cluster.h1.exec(["ip", "-batch", "-"], { input: `${steps.join("\n")}\n` });
+  }
+
+  test("again and again: new connections have it, those there end under the former one, and none fails", async () => {
+    const { cluster } = outside;
+    const { h1, a, c } = cluster;
+    const opening = a.spawn([program, "sequence", SERVER, `${PORT}`, "16", "1000000"]);
+    for (let change = 0; change < 6; change++) {
+      const [next, former] = change % 2 === 0 ? [OTHER, NODE] : [NODE, OTHER];
+      const holder = c.spawn([program, "hold", SERVER, `${PORT}`, "16", `${HELD}`]);
+      await holder.line(/^open$/);
+      expect(live(h1, former)).toBeGreaterThanOrEqual(HELD);
+      await renumber(next, former, true);
+      await until(`new connections to have ${next}`, async () => {
+        const { seen } = await probe(c, `udp ${SERVER} ${UDP_PORT} 100`);
+        return seen === next;
+      });
+      expect(await probe(c, `tcp ${SERVER} ${TCP_PORT} 100000 100000`)).toMatchObject({ seen: next });
+      expect(await alive(holder)).toBe("alive 0");
+      expect(live(h1, former)).toBeGreaterThanOrEqual(HELD);
+      await holder.stop();
+      expect(outcome(holder)).toEqual({ made: HELD, failed: 0 });
+      await until(`connections under ${former} to end`, () => live(h1, former) === 0, { timeout: 60_000 });
+      await h1.ip(`address del ${former}/32 dev eth0`);
+    }
+    opening.kill("SIGTERM");
+    await opening.exited;
+    expect(outcome(opening), opening.text()).toMatchObject({ failed: 0 });
+    expect((outcome(opening) as { made: number }).made).toBeGreaterThan(200);
+  }, 240_000);
+
+  test("once the former one is gone, datagrams go on under the new one, and the remote resets TCP connections", async () => {
+    const { cluster } = outside;
+    const { a, c } = cluster;
+    const speaker = a.spawn(["/usr/bin/python3", "-u", "-c", SPEAKS]);
+    await speaker.line(/^known by 10\.4\.7\.21$/);
+    const holder = c.spawn([program, "hold", SERVER, `${PORT}`, "16", `${HELD}`]);
+    await holder.line(/^open$/);
+    await renumber(OTHER, NODE, false);
+    await speaker.line(/^known by 10\.4\.7\.121$/);
+    expect(await probe(c, `tcp ${SERVER} ${TCP_PORT} 100000 100000`)).toMatchObject({ seen: OTHER });
+    expect(await alive(holder)).toBe(`alive ${HELD}`);
+    expect(holder.text()).toMatch(/^connection 0: Connection reset by peer$/m);
+    await holder.stop();
+    await speaker.stop();
+  }, 60_000);
 });
 
 describe("through what happens to a node", () => {
