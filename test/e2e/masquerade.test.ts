@@ -48,6 +48,29 @@ while True:
         pass
     time.sleep(0.05)
 `;
+/** Eight sockets that speak all the time; once all are answered, each must go on to be. */
+const EIGHT_SPEAK = `
+import socket, time
+clients = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(8)]
+for client in clients:
+    client.settimeout(1)
+    client.connect(("${SERVER}", ${UDP_PORT}))
+answered = set()
+while True:
+    for client in clients:
+        try:
+            client.send(b"still here")
+            client.recv(200)
+            answered.add(client)
+        except TimeoutError:
+            if len(answered) == 8:
+                raise
+    if len(answered) == 8 and clients[0].gettimeout() == 1:
+        print("open", flush=True)
+        for client in clients:
+            client.settimeout(10)
+    time.sleep(0.1)
+`;
 const HOLD_PORT = `
 import socket, signal
 held = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -482,6 +505,85 @@ describe("through what happens to a node", () => {
     expect(outcome(holder)).toEqual({ made: CAPACITY, failed: 0 });
     await until("the table to have room", () => connections(h1).length < CAPACITY);
     expect(await probe(c, `udp ${SERVER} ${UDP_PORT} 100`)).toMatchObject({ intact: true, seen: NODE });
+  }, 120_000);
+});
+
+describe("all ports towards a remote are used", () => {
+  const FLAGS = ["--masq-ports=61000-61007"];
+  const ELSEWHERE = "10.4.8.98";
+  let outside: Outside;
+  let twilld: Twilld;
+  beforeAll(async () => {
+    outside = await createOutside("vxlan", FLAGS);
+    const { cluster, server } = outside;
+    await serveConnections(server);
+    await server.ip(`address add ${ELSEWHERE}/24 dev eth0`);
+    await server.spawn([program, "serve", ELSEWHERE, `${PORT}`, "1"]).line(/^ready$/);
+    await cluster.twilld(cluster.h1).stop();
+    await cluster.h1.sysctl({
+      "net.netfilter.nf_conntrack_udp_timeout": 2,
+      "net.netfilter.nf_conntrack_udp_timeout_stream": 2,
+    });
+    twilld = await startTwilld(cluster.h1, { etcd: cluster.etcd, flags: ["--ip-masq", ...FLAGS] });
+  });
+  afterAll(() => outside?.cluster.close());
+
+  const refusals = async (): Promise<number> => {
+    const { to_net } = await outside.cluster.counts(outside.cluster.h1);
+    return to_net?.drop_masq_ports ?? 0;
+  };
+  const hold = (pod: Namespace, remote: string, count: number): Process =>
+    pod.spawn([program, "hold", remote, `${PORT}`, "1", `${count}`]);
+
+  test("a new connection there waits, and is counted, until one has ended; all others go on", async () => {
+    const { h1, a, c } = outside.cluster;
+    const [seven, one] = [hold(a, SERVER, 7), hold(c, SERVER, 1)];
+    for (const holder of [seven, one]) await holder.line(/^open$/);
+    const before = await refusals();
+    const late = hold(c, SERVER, 1);
+    await until("the late one to be refused", async () => (await refusals()) > before);
+    expect(late.lines).toEqual([]);
+    for (const holder of [seven, one]) expect(await alive(holder)).toBe("alive 0");
+    // Another remote, another port of this one, and another protocol.
+    const other = hold(c, ELSEWHERE, 1);
+    await other.line(/^open$/);
+    expect(await probe(c, `tcp ${SERVER} ${TCP_PORT} 1000 1000`)).toMatchObject({ intact: true, seen: NODE });
+    expect(await probe(c, `udp ${SERVER} ${UDP_PORT} 100`)).toMatchObject({ intact: true, seen: NODE });
+
+    expect(await twilld.metrics()).toMatch(/^twill_dropped_packets_total\{.*reason="masq_ports".*\} [1-9]/m);
+    const drops = await twill(h1, "drops", `--pin-path=${h1.pinPath}`);
+    expect(drops).toMatch(/to_net +drop_masq_ports +[1-9].*--masq-ports/);
+    await until("the sweep to have counted the candidates", async () => {
+      const used = /^twill_masquerade_port_candidates_used (\d+)$/m.exec(await twilld.metrics());
+      return Number(used?.[1]) > 1;
+    });
+    expect(late.lines).toEqual([]);
+
+    await one.stop();
+    await late.line(/^open$/);
+    const there = connections(h1).filter(
+      (row) => row.remote_port === PORT && row.remote.join(".") === SERVER,
+    );
+    expect(there.map(({ port }) => port).sort()).toEqual(Array.from({ length: 8 }, (_, i) => 61000 + i));
+    for (const holder of [seven, late, other]) {
+      expect(await alive(holder)).toBe("alive 0");
+      await holder.stop();
+      expect(outcome(holder)).toMatchObject({ failed: 0 });
+    }
+  }, 120_000);
+
+  test("a flow without an end gives its port back when it has been silent for long enough", async () => {
+    const { a, c } = outside.cluster;
+    const speaking = a.spawn(["/usr/bin/python3", "-u", "-c", EIGHT_SPEAK]);
+    await speaking.line(/^open$/);
+    const before = await refusals();
+    const late = c.spawn(["/usr/bin/python3", "-u", "-c", SPEAKS]);
+    await until("the late one to be refused", async () => (await refusals()) > before);
+    expect(late.lines).toEqual([]);
+    expect(speaking.running, speaking.text()).toBe(true);
+    await speaking.stop();
+    await late.line(/^known by 10\.4\.7\.21$/);
+    await late.stop();
   }, 120_000);
 });
 
