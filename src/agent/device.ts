@@ -75,6 +75,7 @@ export class TunnelDevice {
       if (link === undefined) throw this.#attempts.failure(name, "the device was made but is not there");
       this.#world.log.info({ device: name, mac: link.mac, mtu }, "made the tunnel device");
     }
+    this.#used.add(link.index);
     if (link.mac === undefined) throw this.#attempts.failure(name, "the device has no MAC address");
     // Only a device that peers send to by its MAC must keep it, and not all drivers can change it.
     const mac = asksForNeighbours ? (this.#vtepMac ?? link.mac) : link.mac;
@@ -85,7 +86,6 @@ export class TunnelDevice {
       this.#host.links.set(link.index, { ...link, up: true, mtu, mac });
     }
     if (asksForNeighbours) this.#vtepMac = mac;
-    this.#used.add(link.index);
     return { index: link.index, mac, localIp };
   }
 
