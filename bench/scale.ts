@@ -6,7 +6,8 @@
  *   event     from etcd's answer to a put of one lease to its row in the map, one after the other
  *   memory    resident, after the start and the events
  *   idle      processor time of a minute without any event
- *   loop      the longest time for which the event loop was held up, during the start and while idle
+ *   loop      the longest time for which the event loop was held up, during the start, and in another minute without any
+ *             event: watching it takes processor time
  *
  *   node dist/bench/scale.js [--leases N,N,...] [--rounds N] [--idle SECONDS] [--out PREFIX]
  */
@@ -61,7 +62,7 @@ async function measure(leases: number, idleSeconds: number): Promise<Figures> {
     await twilld.says(/ready: pods are forwarded/, { timeout: PATIENCE });
     const startMs = performance.now() - began;
     await verify(host, twilld, leases);
-    const loopAtStartMs = await lag(twilld);
+    const loopAtStartMs = await heldUp(twilld);
 
     const from = `${FIRST + leases}`;
     const { stdout } = await host.exec(
@@ -70,11 +71,12 @@ async function measure(leases: number, idleSeconds: number): Promise<Figures> {
     );
     const { answered } = JSON.parse(stdout) as { answered: number[] };
     const residentMb = resident(twilld.process.pid);
-    await lag(twilld);
     const before = processorMs(twilld.process.pid);
     await setTimeout(idleSeconds * 1000);
     const idlePercent = (processorMs(twilld.process.pid) - before) / (idleSeconds * 10);
-    const loopIdleMs = await lag(twilld);
+    await watchLoop(twilld);
+    await setTimeout(idleSeconds * 1000);
+    const loopIdleMs = await heldUp(twilld);
     await twilld.stop();
     return { startMs, loopAtStartMs, eventMs: answered, residentMb, idlePercent, loopIdleMs };
   } finally {
@@ -93,12 +95,20 @@ async function verify(host: Host, twilld: Twilld, leases: number): Promise<void>
   }
 }
 
-/** Milliseconds for which the event loop was held up at most since the last time this was asked. */
-async function lag(twilld: Twilld): Promise<number> {
-  const after = twilld.process.lines.length;
-  const said = twilld.says(/event loop: at most ([\d.]+) ms/, { after, timeout: PATIENCE });
+/** Milliseconds for which the event loop was held up at most since it is watched; it is not from then on. */
+async function heldUp(twilld: Twilld): Promise<number> {
+  return Number((await signal(twilld, /event loop: at most ([\d.]+) ms/))[1]);
+}
+
+async function watchLoop(twilld: Twilld): Promise<void> {
+  await signal(twilld, /event loop: watched/);
+}
+
+/** Has `lag.mjs` do what is next, and say this. */
+async function signal(twilld: Twilld, answer: RegExp): Promise<RegExpExecArray> {
+  const said = twilld.says(answer, { after: twilld.process.lines.length, timeout: PATIENCE });
   twilld.process.kill("SIGUSR2");
-  return Number((await said)[1]);
+  return await said;
 }
 
 function resident(pid: number): number {
