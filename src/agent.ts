@@ -11,18 +11,28 @@
  * before the first full snapshot, and silence of the store changes nothing.
  */
 import { Attempts, RoundFailure } from "./agent/attempts.ts";
+import { Chore, type Steps } from "./agent/chore.ts";
 import { Commands } from "./agent/commands.ts";
 import { type Overlay, TunnelDevice } from "./agent/device.ts";
 import { type Judgement, Judging } from "./agent/judging.ts";
 import { LeaseKeeper } from "./agent/lease.ts";
 import { Paths } from "./agent/paths.ts";
 import { type ProbeStatus, Probing } from "./agent/probing.ts";
+import { survey, type View, viewOf } from "./agent/survey.ts";
 import { FDB, NEIGHBOURS, ROUTES, Writer } from "./agent/writer.ts";
 import { directRows, NO_ROWS } from "./core/backend.ts";
 import { kindOf } from "./core/backends.ts";
 import { claim, type Desired, emptyDesired, fold, forget, takeTouched } from "./core/desired.ts";
 import type { Firewall } from "./core/firewall.ts";
-import { Host, type NetlinkEvent, type Route } from "./core/host.ts";
+import {
+  type FdbEntry,
+  Host,
+  type HostRows,
+  type HostTable,
+  type Neighbour,
+  type NetlinkEvent,
+  type Route,
+} from "./core/host.ts";
 import {
   type AttachmentRow,
   attachmentKey,
@@ -140,10 +150,13 @@ const HOLD_MS = 5_000;
 /** The shortest time between two reads of the peers' maps because packets were refused. */
 const REFUSED_MS = 500;
 /**
- * A resync dumps the kernel's tables, of whose changes we are told anyway, only as often as the looking at them takes no
- * more than this share of the time: with some ten thousand peers every few minutes. The maps are read back each time.
+ * A resync reads the kernel's tables, of whose changes we are told anyway, only as often as that takes no more than this
+ * share of the time: with some ten thousand peers every few minutes. The maps are read back each time.
  */
-const DUMP_SHARE = 1 / 500;
+const SURVEY_SHARE = 1 / 1000;
+/** What the rest builds on, and what there may be as many rows of as peers, which matters only once facts are known. */
+const BASE_TABLES: readonly HostTable[] = ["link", "address", "route"];
+const ALL_TABLES: readonly HostTable[] = [...BASE_TABLES, "neighbour", "fdb"];
 /**
  * Leases that one round turns into rows. With what it writes of them that takes some milliseconds, and then others have
  * their turn: probes, the watchdog, an answer of etcd.
@@ -171,6 +184,12 @@ export class Agent {
   readonly #commands: Commands;
   readonly #paths: Paths;
   readonly #judging: Judging;
+  /** Reads the kernel's tables again. */
+  readonly #surveying: Chore;
+  /** Reads the maps back. */
+  readonly #readingBack: Chore;
+  /** Looks the paths to peers up again. */
+  readonly #renewing: Chore;
   readonly #options: AgentOptions;
   readonly #host = new Host();
 
@@ -182,6 +201,7 @@ export class Agent {
   #wayOut: string | undefined;
   readonly #lease: LeaseKeeper;
   #facts: Facts | undefined;
+  #factsBase: Base | undefined;
   #factsText = "";
   /** Blocks that were ours under an earlier config or in a former run. */
   readonly #formerBlocks: Prefix[] = [];
@@ -191,21 +211,24 @@ export class Agent {
   #ready = false;
 
   // What the next round has to look at again. Only a resync and a new config look at everything.
+  /** The mirror of the kernel's tables is complete, and has been since the facts changed. */
   #isMirrored = false;
-  #dumpStale = false;
-  /** When a resync may dump the kernel's tables again. */
-  #nextDump = 0;
-  #mapsStale = false;
+  /** When the survey ends, what failed is to be tried again. */
+  #retryDue = false;
+  /** When a resync may have the kernel's tables read again. */
+  #nextSurvey = 0;
+  /** Programs were loaded, and what is in their maps has not been read since. */
+  #mapsUnknown = false;
   #attachmentsStale = false;
   #baseStale = true;
   #tidyStale = true;
   #rowsStale = true;
-  #pathsStale = true;
+  /** Paths are likely to be others now: until they are looked up again, no lease is read. */
+  #pathsMoved = false;
   #podsStale = true;
   #waysStale = true;
   #uplinksStale = true;
   #addressStale = true;
-  #tablesStale = true;
   #activateStale = false;
 
   readonly #rows = new Map<string, LeaseRows>();
@@ -262,11 +285,33 @@ export class Agent {
     this.#fail = fail;
     this.#lease = new LeaseKeeper(options, world, () => this.#wake());
     this.#attempts = new Attempts(world);
-    this.#device = new TunnelDevice(this.#host, world, this.#attempts, (what) => this.#reread(what));
+    this.#device = new TunnelDevice(this.#host, world, this.#attempts, (what) => this.#learnLinks(what));
     this.#writer = new Writer(world, this.#attempts);
     this.#commands = new Commands(world, () => this.#wake());
     this.#paths = new Paths(this.#host, world, this.#attempts);
     this.#judging = new Judging(world.log);
+    const chore = (what: string, begin: () => Steps, done: (ms: number) => void): Chore =>
+      new Chore(what, world.clock, () => this.#wake(), begin, done);
+    this.#surveying = chore(
+      "kernel tables",
+      () => this.#survey(),
+      (ms) => this.#surveyed(ms),
+    );
+    this.#readingBack = chore(
+      "maps",
+      () => this.#readMaps(),
+      () => {
+        this.#mapsUnknown = false;
+      },
+    );
+    this.#renewing = chore(
+      "route look-up",
+      () => this.#renewPaths(),
+      () => {
+        this.#pathsMoved = false;
+        this.#waysStale = true;
+      },
+    );
     const { openProber } = world;
     const { probeMs } = options;
     if (openProber !== undefined && probeMs !== undefined)
@@ -288,7 +333,7 @@ export class Agent {
 
   /** Begins; events may come from now on. */
   start(): void {
-    this.#attempts.attempt("kernel tables", () => this.#dump());
+    this.#surveying.ask();
     this.#scheduleResync();
     this.#wake();
   }
@@ -296,6 +341,7 @@ export class Agent {
   /** Ends the loop. The kernel is left as it is. */
   stop(): void {
     this.#stopped = true;
+    for (const each of this.#chores) each.stop();
     this.#lease.stop();
     this.#probing?.stop();
     this.#commands.stop();
@@ -340,7 +386,10 @@ export class Agent {
   }
 
   onNetlink(event: NetlinkEvent): void {
-    for (const each of this.#host.apply(event)) this.#take(each);
+    for (const each of this.#host.apply(event)) {
+      this.#observeRow(each);
+      this.#mark(each);
+    }
     this.#wake();
   }
 
@@ -352,7 +401,7 @@ export class Agent {
 
   /** Notifications were lost: look at everything. */
   onOverrun(): void {
-    this.#nextDump = 0;
+    this.#surveying.restart();
     this.#resync();
   }
 
@@ -365,8 +414,19 @@ export class Agent {
     if (now < this.#trustedUntil || this.#configText === "") return;
     this.#trustedUntil = now + this.#trustMs;
     this.#trustMs = Math.min(2 * this.#trustMs, Math.max(REFUSED_MS, this.#options.resyncMs));
-    this.#mapsStale = true;
-    this.#wake();
+    this.#readingBack.ask();
+  }
+
+  /** Notes what a change of the host did to the rows that are ours. */
+  #observeRow({ kind, change, row }: NetlinkEvent): void {
+    const isGone = change === "delete";
+    const overlay = this.#facts?.overlay?.index;
+    if (kind === "route") this.#observeRoute(row, isGone);
+    else if (overlay === undefined || row.index !== overlay) return;
+    else if (kind === "neighbour")
+      this.#observe(this.#neighbours, neighbourKey(row), isGone ? undefined : neighbourOf(row));
+    else if (kind === "fdb" && row.masterIndex === undefined)
+      this.#observe(this.#fdb, fdbKey(row), isGone ? undefined : fdbOf(row));
   }
 
   /**
@@ -376,12 +436,13 @@ export class Agent {
   checkAttachments(): void {
     if (this.#vital.every(([key, row]) => this.#isInPlace(key, row))) return;
     // With its pin gone, others may be as well.
-    this.#mapsStale = this.#attachmentsStale = true;
+    this.#readingBack.ask();
+    this.#attachmentsStale = true;
     this.#wake();
   }
 
   /** Marks what a change of the host may have changed for us. */
-  #take(event: NetlinkEvent): void {
+  #mark(event: NetlinkEvent): void {
     const facts = this.#facts;
     const isGone = event.change === "delete";
     const isInSubnet = (address: Ipv4): boolean => facts === undefined || contains(facts.subnet, address);
@@ -406,7 +467,6 @@ export class Agent {
         return;
       case "route": {
         const { destination, type } = event.row;
-        this.#observeRoute(event.row, isGone);
         if (type === BLACKHOLE) this.#tidyStale = true;
         if (isInSubnet(destination.address)) this.#podsStale = true;
         if (destination.length === 0) this.#baseStale = true;
@@ -415,19 +475,12 @@ export class Agent {
       }
       case "neighbour": {
         const { index, address } = event.row;
-        const row = isGone ? undefined : neighbourOf(event.row);
-        if (index === facts?.overlay?.index)
-          this.#observe(this.#neighbours, neighbourKey({ index, address }), row);
-        else if (isInSubnet(address)) this.#podsStale = true;
+        if (index !== facts?.overlay?.index && isInSubnet(address)) this.#podsStale = true;
         return;
       }
-      case "fdb": {
-        const { index, mac, masterIndex } = event.row;
-        const row = isGone ? undefined : fdbOf(event.row);
-        if (masterIndex !== undefined) this.#podsStale = true;
-        else if (index === facts?.overlay?.index) this.#observe(this.#fdb, fdbKey({ index, mac }), row);
+      case "fdb":
+        if (event.row.masterIndex !== undefined) this.#podsStale = true;
         return;
-      }
       case "filter":
         if (isGone && this.#holdsAttachment(event.row.index)) this.#attachmentsStale = true;
         return;
@@ -440,7 +493,8 @@ export class Agent {
 
   /** Peers may be reached in another way now, and what could not be written may now be. */
   #movePaths(): void {
-    this.#pathsStale = true;
+    this.#pathsMoved = true;
+    this.#renewing.restart();
     for (const table of this.#tables) table.retry();
   }
 
@@ -522,7 +576,6 @@ export class Agent {
   #run(): void {
     const { clock, observer } = this.#world;
     const started = clock.now();
-    const dumps = this.#dumpStale;
     this.#attempts.begin();
     try {
       this.#round();
@@ -533,7 +586,6 @@ export class Agent {
         return;
       }
     }
-    if (dumps) this.#nextDump = clock.now() + (clock.now() - started) / DUMP_SHARE;
     const failed = this.#isFailing();
     observer.reconciled(failed ? "failure" : "success", (clock.now() - started) / 1000);
     observer.changed();
@@ -553,21 +605,25 @@ export class Agent {
 
   #retry(): void {
     this.#cancelRetry = undefined;
-    for (const table of this.#tables) table.retry();
     // What was refused may have been, because the kernel is not as we believe.
-    this.#dumpStale = true;
+    this.#retryDue = true;
+    this.#surveying.ask();
+    for (const each of this.#chores) if (each.problem !== undefined) each.ask();
     this.#wake();
   }
 
   #round(): void {
+    for (const { what, problem } of this.#chores)
+      if (problem !== undefined) this.#attempts.note(what, problem);
+    if (this.#surveying.problem !== undefined) this.#retryTables();
     const { synced, network, unknownBackend } = this.#desired;
     if (!synced) return;
     if (unknownBackend !== undefined) throw new FatalError(unknownBackend);
     if (network === undefined) return;
-    if (!this.#isMirrored) this.#attempts.must("kernel tables", () => this.#dump());
-    if (this.#dumpStale) this.#attempts.attempt("kernel tables", () => this.#dump());
+    if (!this.#isMirrored) return;
     this.#claim(network);
-    const { uplink, overlay } = this.#prepare(network);
+    const base = this.#prepare(network);
+    const { uplink, overlay } = base;
     const kind = kindOf(network.backend);
     const prepared = this.#commands.prepare(kind.commands);
     if (prepared === undefined) return;
@@ -576,30 +632,30 @@ export class Agent {
     const { subnet } = this.#lease;
     if (subnet === undefined) return;
 
-    const facts = this.#learnFacts(network, subnet, uplink, overlay);
+    const facts = this.#learnFacts(base, subnet);
+    // New connections to the outside need not wait for anything: they would begin under an address that may be gone.
+    if (this.#configText !== "" && this.#uplinksStale) {
+      this.#findUplinks(facts);
+      this.#putUplinks();
+    }
+    if (!this.#isMirrored) return;
     if (this.#addressStale && overlay !== undefined) {
       this.#device.ensureAddress(overlay.index, subnet, (address) => this.#wasOurs(address, facts));
     }
     this.#addressStale = false;
     const isSettled = this.#commands.settle({ network: network.network, subnet, publicIp });
-    if (this.#tablesStale) this.#observeTables(facts);
     const isCompiled = this.#compile(facts);
     if (isCompiled) this.#commands.wantNoOthers();
     this.#probing?.aim(probeSourceOf(facts));
     // Loading programs takes the verifier half a second. The stack, which forwards meanwhile, need not wait for it.
-    if (!this.#putPeers() || !isCompiled) {
-      // Nothing is removed before all is known that is wanted.
-      this.#wake();
-      return;
-    }
+    const isPut = this.#putPeers();
+    if (!isPut || !(isCompiled || this.#pathsMoved)) this.#wake();
+    // Nothing is removed before all is known that is wanted.
+    if (!isPut || !isCompiled) return;
     this.#findPods(facts);
-    // Nor need new connections to the outside wait, which would begin under an address that may be gone.
-    if (this.#configText !== "" && this.#uplinksStale) {
-      this.#findUplinks(facts);
-      this.#putUplinks();
-    }
     this.#loadPrograms(facts);
-    if (this.#mapsStale) this.#attempts.attempt("maps", () => this.#observeMaps());
+    // Nothing is written that may be there already.
+    if (this.#mapsUnknown && this.#readingBack.problem === undefined) return;
     if (this.#attachmentsStale) this.#attempts.attempt("attachments", () => this.#observeAttachments());
     if (this.#uplinksStale) this.#findUplinks(facts);
     this.#findPrograms(facts);
@@ -644,7 +700,8 @@ export class Agent {
    * false if there were too many to be written in one go.
    */
   #putPeers(): boolean {
-    const hasMaps = this.#configText !== "";
+    const hasMaps =
+      this.#configText !== "" && (!this.#mapsUnknown || this.#readingBack.problem !== undefined);
     return (
       (!hasMaps || this.#writer.putMap("peers4", this.#peers)) &&
       this.#writer.put(this.#neighbours, NEIGHBOURS) &&
@@ -671,12 +728,66 @@ export class Agent {
     return this.#base;
   }
 
-  #dump(): void {
-    this.#host.replace(this.#world.kernel.dump());
+  *#survey(): Steps {
+    const tables = this.#facts === undefined ? BASE_TABLES : ALL_TABLES;
+    for (const events of survey(this.#host, this.#world.kernel, tables, (table) => this.#viewOf(table))) {
+      this.#learn(events);
+      yield events.length > 0;
+    }
+  }
+
+  #surveyed(ms: number): void {
     this.#isMirrored = true;
-    this.#dumpStale = false;
-    this.#baseStale = this.#tidyStale = this.#pathsStale = this.#podsStale = this.#tablesStale = true;
-    this.#uplinksStale = true;
+    this.#nextSurvey = this.#world.clock.now() + ms / SURVEY_SHARE;
+    this.#baseStale = this.#tidyStale = true;
+    // Of rules that choose among routing tables nobody tells.
+    this.#renewing.ask();
+    this.#retryTables();
+  }
+
+  #retryTables(): void {
+    if (this.#retryDue) for (const table of this.#tables) table.retry();
+    this.#retryDue = false;
+  }
+
+  /** Takes what a survey found, which has looked at our own rows itself. */
+  #learn(events: readonly NetlinkEvent[]): void {
+    for (const event of events) {
+      for (const each of this.#host.apply(event)) {
+        if (each !== event) this.#observeRow(each);
+        this.#mark(each);
+      }
+    }
+  }
+
+  /** What of a table of the kernel is ours, or a former run's, or flanneld's. */
+  #viewOf<Name extends HostTable>(table: Name): View<HostRows[Name]> | undefined {
+    const facts = this.#facts;
+    if (facts === undefined) return undefined;
+    const isOverlay = (index: number): boolean => index === facts.overlay?.index;
+    const differed = (of: { readonly name: string }) => (rows: number) => {
+      this.#drifted(of, rows);
+      if (rows > 0) this.#wake();
+    };
+    const views: { readonly [Each in HostTable]?: () => View<HostRows[Each]> } = {
+      route: () =>
+        viewOf(this.#routes, (row: Route) => this.#ownRoute(row, facts), routeKey, differed(this.#routes)),
+      neighbour: () =>
+        viewOf(
+          this.#neighbours,
+          (row: Neighbour) => (isOverlay(row.index) ? neighbourOf(row) : undefined),
+          neighbourKey,
+          differed(this.#neighbours),
+        ),
+      fdb: () =>
+        viewOf(
+          this.#fdb,
+          (row: FdbEntry) => (isOverlay(row.index) && row.masterIndex === undefined ? fdbOf(row) : undefined),
+          fdbKey,
+          differed(this.#fdb),
+        ),
+    };
+    return views[table]?.();
   }
 
   /** The MAC under which peers know us, so that a device made anew changes nothing for them. */
@@ -743,7 +854,11 @@ export class Agent {
     );
   }
 
-  #learnFacts(network: Network, subnet: Prefix, uplink: Uplink, overlay: Overlay | undefined): Facts {
+  #learnFacts(base: Base, subnet: Prefix): Facts {
+    if (this.#facts !== undefined && base === this.#factsBase && subnet === this.#facts.subnet)
+      return this.#facts;
+    const { network, uplink, overlay } = base;
+    this.#factsBase = base;
     const facts: Facts = {
       network,
       subnet,
@@ -767,9 +882,11 @@ export class Agent {
     this.#factsText = text;
     this.#facts = facts;
     this.#desired = claim(this.#desired, { subnet, publicIp: uplink.publicIp });
-    this.#rowsStale = this.#podsStale = this.#waysStale = this.#tablesStale = this.#tidyStale = true;
-    // The mirror may not have heard yet of what we wrote ourselves.
-    this.#attempts.attempt("kernel tables", () => this.#dump());
+    this.#rowsStale = this.#podsStale = this.#waysStale = this.#tidyStale = true;
+    // Other rows are ours now, and the mirror may not have heard yet of what we wrote ourselves.
+    this.#isMirrored = false;
+    this.#surveying.restart();
+    this.#movePaths();
     this.#addressStale = this.#uplinksStale = true;
     return facts;
   }
@@ -779,7 +896,8 @@ export class Agent {
    * time. Returns whether there are no more.
    */
   #compile(facts: Facts): boolean {
-    if (this.#pathsStale) this.#renewPaths();
+    // The chore wakes us when they are known.
+    if (this.#pathsMoved) return false;
     // Of two leases that want one row, the one that is read later has it: their order must stay that of the store.
     for (const key of takeTouched(this.#desired)) {
       this.#unread.delete(key);
@@ -810,12 +928,13 @@ export class Agent {
     if (this.#paths.learn(addresses)) this.#waysStale = true;
   }
 
-  #renewPaths(): void {
+  *#renewPaths(): Steps {
     const inForce = new Set<Ipv4>();
     for (const lease of this.#desired.leases.values()) inForce.add(lease.publicIp);
-    this.#waysStale = true;
-    if (this.#paths.renew(inForce)) this.#rowsStale = true;
-    this.#pathsStale = false;
+    for (const changed of this.#paths.renew(inForce)) {
+      if (changed) this.#rowsStale = true;
+      yield changed;
+    }
   }
 
   /** The rows that a lease gives now: for a while those of the way that its peer is reached by, see `HOLD_MS`. */
@@ -930,7 +1049,8 @@ export class Agent {
     if (text === this.#configText) return;
     this.#attempts.must("programs", () => this.#world.dataplane.load(config));
     this.#configText = text;
-    this.#mapsStale = this.#activateStale = true;
+    this.#mapsUnknown = this.#activateStale = true;
+    this.#readingBack.restart();
   }
 
   /** Puts the programs loaded last in the place of those that run. */
@@ -941,52 +1061,28 @@ export class Agent {
     this.#activateStale = false;
   }
 
-  #observeMaps(): void {
+  *#readMaps(): Steps {
     const { dataplane, observer } = this.#world;
     const unpinned = dataplane.keepPins();
-    const drifted =
-      this.#writer.observeMap("peers4", this.#peers) +
-      this.#writer.observeMap("subnets4", this.#subnets) +
-      this.#writer.observeMap("endpoints4", this.#endpoints) +
-      this.#writer.observeMap("interfaces", this.#interfaces) +
-      this.#writer.observeMap("uplinks4", this.#uplinks) +
-      this.#writer.observeMap("excluded4", this.#excluded);
     if (this.#ready && unpinned > 0) observer.repaired("pins", unpinned);
-    if (this.#ready && drifted > 0) observer.repaired("maps", drifted);
-    if (drifted > 0) this.#trustMs = REFUSED_MS;
     this.#attachmentsStale = true;
-    this.#mapsStale = false;
+    const differed = (rows: number): void => {
+      if (rows === 0) return;
+      if (this.#ready) observer.repaired("maps", rows);
+      this.#trustMs = REFUSED_MS;
+    };
+    yield* this.#writer.readMap("peers4", this.#peers, differed);
+    yield* this.#writer.readMap("subnets4", this.#subnets, differed);
+    yield* this.#writer.readMap("endpoints4", this.#endpoints, differed);
+    yield* this.#writer.readMap("interfaces", this.#interfaces, differed);
+    yield* this.#writer.readMap("uplinks4", this.#uplinks, differed);
+    yield* this.#writer.readMap("excluded4", this.#excluded, differed);
   }
 
   #observeAttachments(): void {
     const rows = this.#world.dataplane.attachments(this.#host.links.keys());
     this.#drifted(this.#attachments, this.#attachments.observeAll(rows));
     this.#attachmentsStale = false;
-  }
-
-  /** Takes from the mirror of the kernel's tables what is ours, or a former run's, or flanneld's. */
-  #observeTables(facts: Facts): void {
-    this.#tablesStale = false;
-    const routes = new Map<string, RouteRow>();
-    for (const route of this.#host.routes.values()) {
-      const row = this.#ownRoute(route, facts);
-      if (row !== undefined) routes.set(routeKey(row), row);
-    }
-    const neighbours = new Map<string, NeighbourRow>();
-    const fdb = new Map<string, FdbRow>();
-    if (facts.overlay !== undefined) {
-      for (const neighbour of this.#host.neighbours.of(facts.overlay.index)) {
-        const row = neighbourOf(neighbour);
-        if (row !== undefined) neighbours.set(neighbourKey(row), row);
-      }
-      for (const entry of this.#host.fdb.of(facts.overlay.index)) {
-        const row = fdbOf(entry);
-        if (row !== undefined) fdb.set(fdbKey(row), row);
-      }
-    }
-    this.#drifted(this.#routes, this.#routes.observeAll(routes));
-    this.#drifted(this.#neighbours, this.#neighbours.observeAll(neighbours));
-    this.#drifted(this.#fdb, this.#fdb.observeAll(fdb));
   }
 
   #drifted(table: { readonly name: string }, rows: number): void {
@@ -1184,8 +1280,8 @@ export class Agent {
     if (this.#stopped) return;
     // Sysctls change without a word.
     this.#baseStale = true;
-    if (this.#world.clock.now() >= this.#nextDump) this.#dumpStale = true;
-    this.#mapsStale = this.#configText !== "";
+    if (this.#world.clock.now() >= this.#nextSurvey) this.#surveying.ask();
+    if (this.#configText !== "") this.#readingBack.ask();
     this.#scheduleResync();
     this.#wake();
   }
@@ -1201,9 +1297,15 @@ export class Agent {
     }
   }
 
-  #reread(what: string): void {
-    this.#dumpStale = true;
-    this.#attempts.must(what, () => this.#dump());
+  get #chores(): readonly Chore[] {
+    return [this.#surveying, this.#readingBack, this.#renewing];
+  }
+
+  /** Has the mirror learn at once of interfaces and their addresses that were changed from here. */
+  #learnLinks(what: string): void {
+    this.#attempts.must(what, () => {
+      for (const events of survey(this.#host, this.#world.kernel, ["link", "address"])) this.#learn(events);
+    });
   }
 }
 

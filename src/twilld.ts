@@ -77,6 +77,7 @@ const CACHE = "/var/cache/twill";
 /** What ends by itself after a signal has so long; then the process ends without it. */
 const STOP_MS = 10_000;
 const STATUS_MS = 500;
+const TELL_MS = 50;
 /** How old what is written of each peer may be, unless they are many; that one ceased to answer is written at once. */
 const PEERS_MS = 5000;
 /** For each peer, between two times: with 10,000 half a minute. */
@@ -312,13 +313,7 @@ async function serve(
     },
     {
       kernel: {
-        dump: () => ({
-          links: netlink.links(),
-          addresses: netlink.addresses(),
-          routes: netlink.routes(),
-          neighbours: netlink.neighbours(),
-          fdb: netlink.fdb(),
-        }),
+        read: (table) => netlink.read(table),
         routesTo: (addresses) =>
           netlink.routesTo(addresses).map((route) => {
             if (route?.outIndex === undefined || route.local || route.viaIpv6) return undefined;
@@ -454,6 +449,7 @@ class StatusKeeper {
   readonly #startedAt = new Date().toISOString();
   #store: StoreState | undefined;
   #timer: NodeJS.Timeout | undefined;
+  #telling: NodeJS.Timeout | undefined;
   readonly #peersTimer: NodeJS.Timeout;
   /** Milliseconds of the process's clock. */
   #peersDue = 0;
@@ -479,14 +475,15 @@ class StatusKeeper {
     this.changed();
   }
 
-  /** Writes the file soon, and once for changes that come together. */
+  /** Writes the log and the file soon, and once for changes that come together. */
   changed(): void {
-    this.#tell();
+    this.#telling ??= setTimeout(() => this.#tell(), TELL_MS);
     this.#timer ??= setTimeout(() => this.#write(), STATUS_MS);
   }
 
-  /** Writes the file at once. */
+  /** Writes the file at once, and the log before. */
   write(): void {
+    this.#tell();
     clearTimeout(this.#timer);
     this.#write();
   }
@@ -502,6 +499,8 @@ class StatusKeeper {
   }
 
   #tell(): void {
+    clearTimeout(this.#telling);
+    this.#telling = undefined;
     const status = this.current();
     if (status === undefined) return;
     const { log } = this.#telemetry;

@@ -33,7 +33,7 @@ function forget(node: Node): void {
   node.kernel.writes.length = 0;
   node.dataplane.writes.length = 0;
   node.logged.length = 0;
-  node.kernel.dumps = node.kernel.lookups = 0;
+  node.kernel.surveys = node.kernel.lookups = 0;
 }
 
 /** Routes to peers, as text. */
@@ -498,7 +498,7 @@ describe("cost", () => {
     await world.settle();
     expect(node.kernel.writes).toHaveLength(3);
     expect(node.dataplane.writes).toHaveLength(2);
-    expect(node.kernel.dumps).toBe(0);
+    expect(node.kernel.surveys).toBe(0);
     expect(node.kernel.lookups).toBe(1);
   });
 
@@ -517,7 +517,7 @@ describe("cost", () => {
     await world.settle();
     expect(keys(node.dataplane.maps.endpoints4)).toEqual([]);
     expect(hooks(node)).not.toContain(`from_pod-${port}`);
-    expect([node.kernel.dumps, node.kernel.lookups]).toEqual([0, 0]);
+    expect([node.kernel.surveys, node.kernel.lookups]).toEqual([0, 0]);
   });
 });
 

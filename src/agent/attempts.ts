@@ -39,7 +39,7 @@ export class Attempts {
       action();
       return true;
     } catch (error) {
-      if (!(error instanceof RoundFailure)) this.#note(what, reasonOf(error));
+      if (!(error instanceof RoundFailure)) this.note(what, reasonOf(error));
       return false;
     }
   }
@@ -62,11 +62,12 @@ export class Attempts {
 
   /** Notes a failure; to be thrown. */
   failure(what: string, reason: string): RoundFailure {
-    this.#note(what, reason);
+    this.note(what, reason);
     return new RoundFailure(reason);
   }
 
-  #note(what: string, reason: string): void {
+  /** Notes that something failed. */
+  note(what: string, reason: string): void {
     if (this.#former.get(what) !== reason && this.#failures.get(what) !== reason) {
       this.#world.log.warn({ what, reason }, "could not be done; trying again");
     }

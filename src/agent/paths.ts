@@ -4,6 +4,8 @@ import type { Ipv4 } from "../core/ipv4.ts";
 import type { World } from "../core/world.ts";
 import type { Attempts } from "./attempts.ts";
 
+/** Paths that are looked up at a time, in about a millisecond. */
+const LOOK_UPS = 250;
 /** ARPHRD type. */
 const ETHERNET = 1;
 
@@ -46,16 +48,23 @@ export class Paths {
     return this.#ways.size > before;
   }
 
-  /** Learns all paths anew, and forgets those not to `inForce`. Returns whether one changed. Throws RoundFailure. */
-  renew(inForce: ReadonlySet<Ipv4>): boolean {
-    this.#ways.clear();
+  /**
+   * Looks all paths up again, some at a time, and forgets those not to `inForce`. Each step says whether a path is another
+   * one now. Until the end, `ways` has those before as well. Throws RoundFailure.
+   */
+  *renew(inForce: ReadonlySet<Ipv4>): Generator<boolean, void> {
     for (const address of this.#known.keys()) if (!inForce.has(address)) this.#known.delete(address);
-    let changed = false;
-    for (const [address, path] of this.#find([...this.#known.keys()])) {
-      if (!samePath(path, this.#known.get(address))) changed = true;
-      this.#set(address, path);
+    const addresses = [...this.#known.keys()];
+    for (let from = 0; from < addresses.length; from += LOOK_UPS) {
+      let changed = false;
+      for (const [address, path] of this.#find(addresses.slice(from, from + LOOK_UPS))) {
+        if (!samePath(path, this.#known.get(address))) changed = true;
+        this.#set(address, path);
+      }
+      yield changed;
     }
-    return changed;
+    this.#ways.clear();
+    for (const path of this.#known.values()) if (path !== undefined) this.#ways.add(path.outIndex);
   }
 
   #set(address: Ipv4, path: Path | undefined): void {

@@ -10,9 +10,10 @@ import {
   ROUTE_PROTOCOL,
   type RouteRow,
 } from "../core/image.ts";
-import type { Difference, Table } from "../core/table.ts";
+import type { Difference, Reading, Table } from "../core/table.ts";
 import type { MapRows, World } from "../core/world.ts";
 import { type Attempts, reasonOf } from "./attempts.ts";
+import type { Steps } from "./chore.ts";
 
 /** Rows that are written in one go, which takes some milliseconds; what is removed is not so many as a rule. */
 const ROWS_PER_GO = 1000;
@@ -32,10 +33,27 @@ export class Writer {
     this.#attempts = attempts;
   }
 
-  /** Reads a map back. Returns how many rows differ now that did not before. */
-  observeMap<Name extends keyof MapRows>(name: Name, table: Table<MapRows[Name]>): number {
-    const rows = this.#world.dataplane.rows(name);
-    return rows === undefined ? 0 : table.observeAll(rows);
+  /** Reads a map back, some rows at a time. `differed` is told how many differ now that did not before. */
+  *readMap<Name extends keyof MapRows>(
+    name: Name,
+    table: Table<MapRows[Name]>,
+    differed: (rows: number) => void,
+  ): Steps {
+    const blocks = this.#world.dataplane.read(name);
+    let reading: Reading<MapRows[Name]> | undefined;
+    for (let block = blocks.next(); ; block = blocks.next()) {
+      if (block.done === true) {
+        if (block.value) differed((reading ?? table.read()).end());
+        return;
+      }
+      let rows = 0;
+      for (const [key, row] of block.value) {
+        reading ??= table.read();
+        if (reading.saw(key, row)) rows += 1;
+      }
+      differed(rows);
+      yield rows > 0;
+    }
   }
 
   /** Writes wanted rows of a map. Returns false if there are more than go at once. */
@@ -73,7 +91,9 @@ export class Writer {
     try {
       dataplane[call](name, [...rows.values()]);
     } catch (error) {
-      this.#attempts.attempt("maps", () => this.observeMap(name, table));
+      this.#attempts.attempt("maps", () => {
+        for (const _ of this.readMap(name, table, () => undefined));
+      });
       this.#refused(table, new Map([...rows.keys()].map((key) => [key, reasonOf(error)])));
       return isAll;
     }

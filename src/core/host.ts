@@ -1,7 +1,7 @@
 /**
  * The kernel's network tables as plain rows, what may be written to them, and a mirror of them that follows the
- * kernel's own notifications. The mirror is filled by dumps (at start, after lost notifications, every resync)
- * and kept by events in between, so that nothing is polled.
+ * kernel's own notifications. The mirror is filled by surveys (at start, after lost notifications, at resyncs) and kept
+ * by events in between, so that nothing is polled.
  */
 import type { Ipv4, Prefix } from "./ipv4.ts";
 import type { Mac } from "./model.ts";
@@ -251,13 +251,16 @@ export function isUnanswered(state: number): boolean {
   return (state & (NUD_INCOMPLETE | NUD_FAILED)) !== 0;
 }
 
-export interface HostTables {
-  readonly links: readonly Link[];
-  readonly addresses: readonly Address[];
-  readonly routes: readonly Route[];
-  readonly neighbours: readonly Neighbour[];
-  readonly fdb: readonly FdbEntry[];
+/** The tables that are mirrored, and what a row of each is. */
+export interface HostRows {
+  readonly link: Link;
+  readonly address: Address;
+  readonly route: Route;
+  readonly neighbour: Neighbour;
+  readonly fdb: FdbEntry;
 }
+
+export type HostTable = keyof HostRows;
 
 // Keys of rows on one interface. There may be one of each for every peer, so what the row has already serves as far as it does.
 const addressKey = (row: Address): string => `${row.address}/${row.prefixLength}`;
@@ -308,9 +311,14 @@ class Rows<Row> {
     else this.deleteFrom(this.indexOf(row), key);
   }
 
-  replace(rows: readonly Row[]): void {
-    this.byIndex.clear();
-    for (const row of rows) this.set(row);
+  /** The row here that has the key and the interface of another. */
+  like(row: Row): Row | undefined {
+    return this.byIndex.get(this.indexOf(row))?.get(this.keyOf(row));
+  }
+
+  /** Names a row among all of them. */
+  nameOf(row: Row): string {
+    return this.isUnique ? `${this.keyOf(row)}` : `${this.indexOf(row)} ${this.keyOf(row)}`;
   }
 
   private deleteKey(key: string | number): void {
@@ -335,15 +343,33 @@ export class Host {
   /** The routes of length 0, of any table. */
   readonly defaultRoutes = new Rows<Route>(routeKey, (row) => row.outIndex, { unique: true });
 
-  /** Takes a full dump for the truth. */
-  replace(tables: HostTables): void {
-    this.links.clear();
-    for (const row of tables.links) this.links.set(row.index, row);
-    this.addresses.replace(tables.addresses);
-    this.routes.replace(tables.routes);
-    this.neighbours.replace(tables.neighbours);
-    this.fdb.replace(tables.fdb);
-    this.defaultRoutes.replace(tables.routes.filter(isDefault));
+  private readonly surveys = new Set<Survey>();
+
+  /** Begins to compare a table with the kernel's, which is read meanwhile. To be closed. */
+  survey(table: HostTable): Survey {
+    const survey: Survey = new Survey(table, this.mirrorOf(table), () => this.surveys.delete(survey));
+    this.surveys.add(survey);
+    return survey;
+  }
+
+  private mirrorOf(table: HostTable): Mirror {
+    const { links } = this;
+    switch (table) {
+      case "link":
+        return {
+          values: () => links.values(),
+          like: ({ index }: Link) => links.get(index),
+          nameOf: ({ index }: Link) => `${index}`,
+        };
+      case "address":
+        return this.addresses;
+      case "route":
+        return this.routes;
+      case "neighbour":
+        return this.neighbours;
+      case "fdb":
+        return this.fdb;
+    }
   }
 
   /**
@@ -376,6 +402,7 @@ export class Host {
   }
 
   private take(event: NetlinkEvent): void {
+    for (const survey of this.surveys) survey.heard(event);
     switch (event.kind) {
       case "link":
         if (event.change === "new") this.links.set(event.row.index, event.row);
@@ -407,4 +434,78 @@ function isDefault(route: Route): boolean {
 function change<Row>(rows: Rows<Row>, event: { readonly change: Change; readonly row: Row }): void {
   if (event.change === "new") rows.set(event.row);
   else rows.delete(event.row);
+}
+
+type Row = HostRows[HostTable];
+
+/** As much of `Rows` as a survey needs, of rows of any table. */
+interface Mirror {
+  values(): Iterable<Row>;
+  like(row: Row): Row | undefined;
+  nameOf(row: Row): string;
+}
+
+/**
+ * Compares a table of the mirror with the kernel's, which is read a few rows at a time while notifications go on: what they
+ * tell is newer than what is read, and stays. A row is gone if it was come upon in none of two readings, as the kernel may
+ * pass over rows when others come or go while it lists them.
+ */
+export class Survey {
+  private readonly table: HostTable;
+  private readonly mirror: Mirror;
+  private readonly unseen: Set<Row>;
+  /** Rows that the mirror has not, or has otherwise. */
+  private readonly found = new Map<string, Row>();
+  /** What there were notifications of: rows, and interfaces that went down or away. */
+  private readonly newer = new Set<string>();
+  private readonly down = new Set<number | undefined>();
+  readonly close: () => void;
+
+  constructor(table: HostTable, mirror: Mirror, close: () => void) {
+    this.table = table;
+    this.mirror = mirror;
+    this.unseen = new Set(mirror.values());
+    this.close = close;
+  }
+
+  /** The kernel has this row. */
+  saw(row: Row): void {
+    const mine = this.mirror.like(row);
+    if (mine !== undefined) this.unseen.delete(mine);
+    if (mine === undefined || !isEqual(mine, row)) this.found.set(this.mirror.nameOf(row), row);
+    // The mirror holds the last of several rows that it can't tell apart.
+    else if (this.found.size > 0) this.found.delete(this.mirror.nameOf(row));
+  }
+
+  /** There was a notification. */
+  heard({ kind, change, row }: NetlinkEvent): void {
+    if (kind === "link" && (change === "delete" || !row.up)) this.down.add(row.index);
+    if (kind === this.table) this.newer.add(this.mirror.nameOf(row));
+  }
+
+  /** Whether each row of the mirror was come upon. */
+  get isComplete(): boolean {
+    for (const row of this.unseen) if (this.mirror.like(row) !== row) this.unseen.delete(row);
+    return this.unseen.size === 0;
+  }
+
+  /** The changes that make the mirror as the kernel is, each as of the moment it is taken. */
+  *changes(): Generator<NetlinkEvent> {
+    for (const [name, row] of this.found) {
+      if (!this.newer.has(name) && !this.down.has("outIndex" in row ? row.outIndex : row.index))
+        yield { kind: this.table, change: "new", row } as NetlinkEvent;
+    }
+    for (const row of this.unseen) {
+      if (this.mirror.like(row) === row) yield { kind: this.table, change: "delete", row } as NetlinkEvent;
+    }
+  }
+}
+
+function isEqual(a: unknown, b: unknown): boolean {
+  if (a === b) return true;
+  if (typeof a !== "object" || typeof b !== "object" || a === null || b === null) return false;
+  const [left, right] = [a as Record<string, unknown>, b as Record<string, unknown>];
+  for (const field in left) if (!isEqual(left[field], right[field])) return false;
+  for (const field in right) if (!(field in left)) return false;
+  return true;
 }

@@ -19,6 +19,16 @@ export interface Difference<Row> {
   readonly have: Row | undefined;
 }
 
+/** A look at a whole table, some rows at a time; what `observe` is told meanwhile is newer than what is read, and stays. */
+export interface Reading<Row> {
+  /** The row is in the table. Returns whether it differs now and did not before. */
+  saw(key: string, row: Row): boolean;
+  /** Whether all rows that were believed to be in the table have been seen. */
+  readonly isComplete: boolean;
+  /** All was read: what was not seen is not there. Returns how many rows differ by that that did not before. */
+  end(): number;
+}
+
 export class Table<Row> {
   readonly name: string;
   private readonly wanted = new Map<string, Row>();
@@ -34,6 +44,9 @@ export class Table<Row> {
   private readonly reasons = new Map<string, string>();
   /** Of those, the ones to pass over for now. */
   private readonly held = new Set<string>();
+  /** Of the reading under way: rows not seen yet, and rows of which something newer is known. */
+  private unseen: Set<string> | undefined;
+  private readonly newer = new Set<string>();
   private readonly same: (a: Row, b: Row) => boolean;
 
   /** `same` says whether two rows of one key are equal; by default, equal field by field. */
@@ -92,20 +105,46 @@ export class Table<Row> {
 
   /** The row is in the table, or with `undefined` it is not. Returns whether it differs now and did not before. */
   observe(key: string, row: Row | undefined): boolean {
-    const before = this.actualRow(key);
-    const isNews = row === undefined ? before !== undefined : before === undefined || !this.same(before, row);
-    if (!isNews) return false;
-    this.count += (row === undefined ? 0 : 1) - (before === undefined ? 0 : 1);
-    return this.compare(key, row);
+    if (this.unseen !== undefined) {
+      this.unseen.delete(key);
+      this.newer.add(key);
+    }
+    return this.note(key, row);
   }
 
   /** Exactly these rows are in the table. Returns how many differ now that did not before. */
   observeAll(rows: ReadonlyMap<string, Row>): number {
+    const reading = this.read();
     let drifted = 0;
-    for (const keys of [this.wanted.keys(), [...this.pending.keys()]])
-      for (const key of keys) if (!rows.has(key) && this.observe(key, undefined)) drifted += 1;
-    for (const [key, row] of rows) if (this.observe(key, row)) drifted += 1;
-    return drifted;
+    for (const [key, row] of rows) if (reading.saw(key, row)) drifted += 1;
+    return drifted + reading.end();
+  }
+
+  /** Begins to look at the whole table, in place of a look that has not ended. */
+  read(): Reading<Row> {
+    const unseen = new Set<string>();
+    for (const key of this.wanted.keys()) if (!this.pending.has(key)) unseen.add(key);
+    for (const [key, have] of this.pending) if (have !== undefined) unseen.add(key);
+    this.unseen = unseen;
+    this.newer.clear();
+    return {
+      saw: (key, row) => {
+        if (this.unseen !== unseen || this.newer.has(key)) return false;
+        unseen.delete(key);
+        return this.note(key, row);
+      },
+      get isComplete() {
+        return unseen.size === 0;
+      },
+      end: () => {
+        if (this.unseen !== unseen) return 0;
+        this.unseen = undefined;
+        this.newer.clear();
+        let drifted = 0;
+        for (const key of unseen) if (this.note(key, undefined)) drifted += 1;
+        return drifted;
+      },
+    };
   }
 
   actualRow(key: string): Row | undefined {
@@ -141,6 +180,14 @@ export class Table<Row> {
   /** Every difference is to be applied again. */
   retry(): void {
     this.held.clear();
+  }
+
+  private note(key: string, row: Row | undefined): boolean {
+    const before = this.actualRow(key);
+    const isNews = row === undefined ? before !== undefined : before === undefined || !this.same(before, row);
+    if (!isNews) return false;
+    this.count += (row === undefined ? 0 : 1) - (before === undefined ? 0 : 1);
+    return this.compare(key, row);
   }
 
   private own(key: string, row: Row | undefined, owner: string): void {

@@ -3,7 +3,7 @@
  * files are the real ones, the simulator's are in memory.
  */
 import type { Command } from "./command.ts";
-import type { HostTables, Path, Write } from "./host.ts";
+import type { HostRows, HostTable, Path, Write } from "./host.ts";
 import type { AttachmentRow, EndpointRow, InterfaceRow, PeerRow, ProgramConfig, SubnetRow } from "./image.ts";
 import type { Ipv4 } from "./ipv4.ts";
 import type { LeaseReport } from "./leaselife.ts";
@@ -59,7 +59,11 @@ export interface Keepsake {
 /** What the world must offer. */
 export interface World {
   readonly kernel: {
-    dump(): HostTables;
+    /**
+     * All rows of a table, some at a time, which take about a millisecond; each as it was when the ones before it were
+     * taken, or later.
+     */
+    read<Name extends HostTable>(table: Name): Generator<readonly HostRows[Name][]>;
     /** The route to each address; undefined if there is none, or if it is one of our own addresses. */
     routesTo(
       addresses: readonly Ipv4[],
@@ -80,8 +84,13 @@ export interface World {
   readonly dataplane: {
     load(config: ProgramConfig): void;
     activate(ifindexes: Iterable<number>): void;
-    /** All rows by key; undefined if they are as this said last, and none was put or removed since. */
-    rows<Name extends keyof MapRows>(name: Name): ReadonlyMap<string, MapRows[Name]> | undefined;
+    /**
+     * All rows of a map, some at a time with their keys, as they are at that moment. Returns false, without all of them, if
+     * they are as this said last, and none was put or removed since.
+     */
+    read<Name extends keyof MapRows>(
+      name: Name,
+    ): Generator<readonly (readonly [string, MapRows[Name]])[], boolean>;
     put<Name extends keyof MapRows>(name: Name, rows: readonly MapRows[Name][]): void;
     remove<Name extends keyof MapRows>(name: Name, rows: readonly MapRows[Name][]): void;
     attachments(ifindexes: Iterable<number>): Map<string, AttachmentRow>;

@@ -15,6 +15,7 @@ import { dirname, join } from "node:path";
 import {
   attachClsact,
   attachTcx,
+  type Block,
   type BpfMap,
   type BpfObject,
   codec,
@@ -101,6 +102,15 @@ const mac = (bytes: Uint8Array): Mac =>
     .toString("hex")
     .replace(/..(?=.)/g, "$&:");
 const macBytes = (text: Mac): Uint8Array => Buffer.from(text.replaceAll(":", ""), "hex");
+
+/** Rows of a map that are read at a time: a millisecond, if they are not those that were read last. */
+const ROWS = 512;
+
+/** What a map, by its id, held. */
+interface Image {
+  readonly id: number;
+  readonly blocks: readonly Block[];
+}
 
 /** Where in `counters` the packets are that came under a name which is no peer's. */
 const REFUSALS = (
@@ -364,7 +374,9 @@ export class Dataplane {
   /** The programs loaded last are those that run. */
   #active = false;
   /** What each map held when it was read last, unless rows were written since: decoding thousands costs more than they. */
-  readonly #read = new Map<MapName, { readonly id: number; readonly image: Buffer }>();
+  readonly #read = new Map<MapName, Image>();
+  /** What is being read. */
+  readonly #reading = new Map<MapName, Image>();
 
   private constructor(mode: AttachMode, options: DataplaneOptions) {
     this.mode = mode;
@@ -552,40 +564,68 @@ export class Dataplane {
     }
   }
 
-  /** The rows of a map, by key; undefined if they are as they were read last, and none was written from here since. */
-  rows<Name extends MapName>(name: Name): ReadonlyMap<string, MapRows[Name]> | undefined {
+  /**
+   * The rows of a map with their keys, some at a time. Returns false, without all of them, if they are as they were read
+   * last, and none was written from here since.
+   */
+  *read<Name extends MapName>(name: Name): Generator<readonly (readonly [string, MapRows[Name]])[], boolean> {
     const map = this.#map(name);
-    const blocks = [...map.blocks()];
-    const image = Buffer.concat(blocks.flatMap(({ keys, values }) => [keys, values]));
     const last = this.#read.get(name);
-    if (last?.id === map.id && last.image.equals(image)) return undefined;
-    const rows = new Map<string, MapRows[Name]>();
+    if (last?.id === map.id && (yield* this.#isAsRead(name, map, last))) return false;
+    const blocks: Block[] = [];
+    const image = { id: map.id, blocks };
+    this.#read.delete(name);
+    this.#reading.set(name, image);
     const rowCodec = CODECS[name];
-    for (const { keys, values, count } of blocks) {
+    for (const block of map.blocks(ROWS)) {
+      const { keys, values, count } = block;
+      blocks.push(block);
+      const rows: (readonly [string, MapRows[Name]])[] = [];
       for (let i = 0; i < count; i++) {
         const row = rowCodec.decode(
           keys.subarray(i * map.keySize, (i + 1) * map.keySize),
           values.subarray(i * map.valueSize, (i + 1) * map.valueSize),
         );
-        rows.set(rowCodec.key(row), row);
+        rows.push([rowCodec.key(row), row]);
       }
+      yield rows;
     }
-    this.#read.set(name, { id: map.id, image });
-    return rows;
+    // Written to meanwhile, or read by another as well, it is not what was read.
+    if (this.#reading.get(name) === image) this.#read.set(name, image);
+    return true;
+  }
+
+  /** Whether a map holds what it held, with nothing written from here meanwhile. */
+  *#isAsRead(name: MapName, map: BpfMap, last: Image): Generator<readonly never[], boolean> {
+    let at = 0;
+    for (const { keys, values } of map.blocks(ROWS)) {
+      const before = last.blocks[at];
+      at += 1;
+      if (before === undefined || Buffer.compare(before.keys, keys) !== 0) return false;
+      if (Buffer.compare(before.values, values) !== 0) return false;
+      yield [];
+      if (this.#read.get(name) !== last) return false;
+    }
+    return at === last.blocks.length;
   }
 
   /** Writes rows, all or none of them known to be there: a failure throws LibbpfError and the caller reads back. */
   put<Name extends MapName>(name: Name, rows: readonly MapRows[Name][]): void {
     const rowCodec = CODECS[name];
-    this.#read.delete(name);
+    this.#forget(name);
     this.#map(name).updateBatch(rows.map((row) => rowCodec.encode(row)));
+  }
+
+  #forget(name: MapName): void {
+    this.#read.delete(name);
+    this.#reading.delete(name);
   }
 
   /** Removes rows; one that is gone already is fine. */
   remove<Name extends MapName>(name: Name, rows: readonly MapRows[Name][]): void {
     const rowCodec = CODECS[name];
     const keys = rows.map((row) => rowCodec.encode(row)[0]);
-    this.#read.delete(name);
+    this.#forget(name);
     this.#map(name).deleteBatch(keys);
     if (name !== "peers4" || !this.#countsPeers) return;
     // Of a peer that is gone nothing is told any more. One by one, as most may never have been spoken to.

@@ -14,6 +14,8 @@ import { errno, openLibrary, type Watch, watchFd } from "../../loader/ffi.ts";
 import type {
   Address,
   FdbEntry,
+  HostRows,
+  HostTable,
   Link,
   Neighbour,
   NetlinkEvent,
@@ -115,6 +117,12 @@ export interface Netlink {
   neighbours(): Neighbour[];
   /** Entries of all bridges and VXLAN devices. */
   fdb(): FdbEntry[];
+  /**
+   * The rows of a table a datagram's worth at a time, which takes about a millisecond: a table of many thousands need not be
+   * listed in one go. Each row is as it was when the ones before it were taken, or later. Of rows that stay, the kernel may
+   * pass over some if others come or go meanwhile. To be ended by `return` if it is given up.
+   */
+  read<Name extends HostTable>(table: Name): Generator<readonly HostRows[Name][]>;
   /** The route to an address; undefined if there is none or it is a prohibiting one. */
   routeTo(address: Ipv4, query?: RouteQuery): RouteTo | undefined;
   /** The routes to many addresses, in their order, at a fraction of the cost of asking for each. */
@@ -414,6 +422,37 @@ class Requester {
     throw new NetlinkError(operation, EINTR);
   }
 
+  /** The rows of a table as they come. Whoever gives it up closes this: the rest would block the next request. */
+  *list<Row>(
+    table: Table,
+    decode: (buffer: Buffer, message: Message) => Row | undefined,
+  ): Generator<readonly Row[]> {
+    const operation = `list ${table === "fdb" ? "FDB entries" : table}`;
+    const sequence = this.ask(operation, (number) => encodeDump(this.writer, number, table));
+    let verdict: Ack | undefined;
+    while (verdict === undefined) {
+      const rows: Row[] = [];
+      const length = this.socket.receive(0);
+      if (length < 0) throw new NetlinkError(operation, -length, -length === EAGAIN ? "no answer came" : "");
+      try {
+        for (const message of messages(this.socket.buffer, length)) {
+          if (message.sequence !== sequence) continue;
+          if (message.type === NLMSG_ERROR || message.type === NLMSG_DONE) {
+            verdict = decodeAck(this.socket.buffer, message);
+            break;
+          }
+          const row = decode(this.socket.buffer, message);
+          if (row !== undefined) rows.push(row);
+        }
+      } catch (error) {
+        if (error instanceof MalformedMessage) throw new NetlinkError(operation, EBADMSG, error.message);
+        throw error;
+      }
+      if (rows.length > 0) yield rows;
+    }
+    if (verdict.errno !== 0) throw new NetlinkError(operation, verdict.errno, verdict.detail);
+  }
+
   /**
    * The one row that each of `count` look-ups finds, or why there is none. As many as fit go in one datagram, which the
    * kernel answers in order.
@@ -582,6 +621,20 @@ export function openNetlink(listener?: Listener): Netlink {
     if (error && !GONE.has(error.errno)) throw error;
     return error === undefined;
   };
+  // Between two datagrams of a listing other requests have their answers, among them another listing.
+  const listers: Requester[] = [];
+  function* read<Name extends HostTable>(name: Name): Generator<readonly HostRows[Name][]> {
+    const [table, decode] = TABLES[name];
+    const lister = listers.pop() ?? new Requester();
+    let isSpent = true;
+    try {
+      yield* lister.list(table, decode);
+      isSpent = !open;
+    } finally {
+      if (isSpent) lister.close();
+      else listers.push(lister);
+    }
+  }
   const link = (name: string): Link | undefined => {
     const [found] = requester.lookup(
       1,
@@ -619,6 +672,7 @@ export function openNetlink(listener?: Listener): Netlink {
     routes: ({ table } = {}) => requester.dump("routes", decodeRoute, table),
     neighbours: () => requester.dump("neighbours", decodeNeighbour),
     fdb: () => requester.dump("fdb", decodeFdb),
+    read,
     routeTo: (address, query = {}) => routesTo([address], query)[0],
     routesTo: (addresses) => routesTo(addresses, {}),
     createVxlan: (spec) => {
@@ -647,9 +701,23 @@ export function openNetlink(listener?: Listener): Netlink {
       open = false;
       events?.close();
       requester.close();
+      for (const lister of listers) lister.close();
     },
   };
 }
+
+const TABLES: {
+  readonly [Name in HostTable]: readonly [
+    Table,
+    (buffer: Buffer, message: Message) => HostRows[Name] | undefined,
+  ];
+} = {
+  link: ["links", decodeLink],
+  address: ["addresses", decodeAddress],
+  route: ["routes", decodeRoute],
+  neighbour: ["neighbours", decodeNeighbour],
+  fdb: ["fdb", decodeFdb],
+};
 
 /** A blackhole route answers a bare EINVAL; a request that is at fault comes with the kernel's words. */
 function isNoRoute(error: NetlinkError): boolean {

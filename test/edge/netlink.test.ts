@@ -535,6 +535,50 @@ describe("batches", () => {
     expect(netlink.apply([])).toEqual([]);
   });
 
+  it("lists a table some rows at a time, with other requests and other listings in between", () => {
+    const destinations = Array.from({ length: 5000 }, (_, n) => ({
+      address: address("10.128.0.0") + n * 256,
+      length: 24,
+    }));
+    const route = (destination: { address: number; length: number }) => ({
+      destination,
+      outIndex: uplink,
+      gateway: address("192.0.2.7"),
+    });
+    netlink.apply(destinations.map((each) => ({ write: "replaceRoute", ...route(each) })));
+    const listing = netlink.read("route");
+    const seen = new Set<number>();
+    let steps = 0;
+    for (const rows of listing) {
+      steps += 1;
+      for (const { destination } of rows) seen.add(destination.address);
+      expect([...netlink.read("link")].flat()).toEqual(netlink.links());
+      // Rows that come and go before and behind what is being listed.
+      const [first, last] = [destinations[steps], destinations.at(-1 - steps)];
+      if (first === undefined || last === undefined) throw new Error("too many steps");
+      netlink.deleteRoute(route(first));
+      netlink.replaceRoute(route(first));
+      netlink.deleteRoute(route(last));
+    }
+    expect(steps).toBeGreaterThan(5);
+    const kept = destinations.slice(0, -1 - steps);
+    expect(kept.filter((each) => !seen.has(each.address))).toEqual([]);
+    for (const [name, all] of [
+      ["address", netlink.addresses()],
+      ["route", netlink.routes()],
+      ["neighbour", netlink.neighbours()],
+      ["fdb", netlink.fdb()],
+    ] as const) {
+      expect([...netlink.read(name)].flat()).toEqual(all);
+    }
+    // Given up in the midst.
+    const given = netlink.read("route");
+    given.next();
+    given.return(undefined);
+    expect([...netlink.read("route")].flat()).toHaveLength(netlink.routes().length);
+    netlink.apply(destinations.map((each) => ({ write: "deleteRoute", ...route(each) })));
+  });
+
   it("survives a batch in which everything fails", () => {
     const writes = manyRoutes(5000).map((write) => ({ ...write, gateway: address("203.0.113.1") }));
     const results = netlink.apply(writes);

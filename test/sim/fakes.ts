@@ -11,7 +11,8 @@ import type { Command } from "../../src/core/command.ts";
 import type {
   Address,
   FdbEntry,
-  HostTables,
+  HostRows,
+  HostTable,
   Link,
   Neighbour,
   NetlinkEvent,
@@ -319,6 +320,8 @@ export class EtcdClient {
 }
 
 const MAIN = 254;
+/** Rows that a reader of a table gets at a time. */
+const ROWS_LISTED = 3;
 const GONE: ReadonlySet<string> = new Set(["ENODEV", "ENOENT", "ESRCH", "EADDRNOTAVAIL"]);
 
 /** Who changed the kernel last; the world's own changes count as nobody's. */
@@ -346,13 +349,16 @@ export class FakeKernel {
   /** Told of a link that goes for good. */
   onLinkGone: (index: number) => void = () => undefined;
   unreadable = false;
-  dumps = 0;
+  /** How often all tables were read, from the first on. */
+  surveys = 0;
+  /** What happens in the midst of the next reading of a table, behind its reader's back. */
+  readonly amid: (() => void)[] = [];
   lookups = 0;
   private nextIndex = 10;
   private nextMac = 1;
 
   readonly port: AgentWorld["kernel"] = {
-    dump: () => this.dump(),
+    read: (table) => this.read(table),
     routesTo: (addresses) => addresses.map((address) => this.routeTo(address)),
     apply: (writes) => writes.map((write) => this.take(write)),
     resolveNeighbours: (index) => this.resolved.push(index),
@@ -363,16 +369,31 @@ export class FakeKernel {
     },
   };
 
-  dump(): HostTables {
-    if (this.unreadable) throw new Error("cannot list links: ENOBUFS");
-    this.dumps += 1;
-    return {
-      links: [...this.links.values()],
-      addresses: [...this.addresses.values()],
-      routes: [...this.routes.values()],
-      neighbours: [...this.neighbours.values()],
-      fdb: [...this.fdb.values()],
+  /**
+   * Some rows at a time, those that come next already listed when some are handed out. Who lists by position passes over
+   * a row when one before it goes.
+   */
+  *read<Name extends HostTable>(name: Name): Generator<readonly HostRows[Name][]> {
+    if (this.unreadable) throw new Error(`cannot list ${name}: ENOBUFS`);
+    if (name === "link") this.surveys += 1;
+    const tables: { readonly [Each in HostTable]: ReadonlyMap<unknown, HostRows[Each]> } = {
+      link: this.links,
+      address: this.addresses,
+      route: this.routes,
+      neighbour: this.neighbours,
+      fdb: this.fdb,
     };
+    const table: ReadonlyMap<unknown, HostRows[Name]> = tables[name];
+    const list = (from: number): HostRows[Name][] => [...table.values()].slice(from, from + ROWS_LISTED);
+    let at = 0;
+    for (let rows = list(at); rows.length > 0; ) {
+      at += rows.length;
+      const ahead = list(at);
+      this.amid.shift()?.();
+      yield rows;
+      if (this.unreadable) throw new Error(`cannot list ${name}: ENOBUFS`);
+      rows = ahead;
+    }
   }
 
   linkNamed(name: string): Link {
@@ -830,6 +851,24 @@ export class FakeDataplane {
     return map;
   }
 
+  private *read<Name extends MapName>(
+    name: Name,
+    check: () => void,
+  ): Generator<readonly (readonly [string, MapRows[Name]])[], boolean> {
+    check();
+    this.onRead(name);
+    let rows: [string, MapRows[Name]][] = [];
+    for (const row of this.mapOf(name)) {
+      if (rows.push(row) < ROWS_LISTED) continue;
+      yield rows;
+      this.kernel.amid.shift()?.();
+      check();
+      rows = [];
+    }
+    if (rows.length > 0) yield rows;
+    return true;
+  }
+
   open(): AgentWorld["dataplane"] {
     let loaded: string | undefined;
     const check = (call: DataplaneCall): void => {
@@ -853,11 +892,7 @@ export class FakeDataplane {
         this.active = loaded ?? "";
         for (const attached of this.attached.values()) attached.config = this.active;
       },
-      rows: (name) => {
-        check("rows");
-        this.onRead(name);
-        return new Map(this.mapOf(name));
-      },
+      read: (name) => this.read(name, () => check("rows")),
       put: (name, rows) => {
         const done = batch("put", rows.length);
         for (const row of rows.slice(0, done)) {
@@ -1139,7 +1174,7 @@ export class World {
 
   /** Delivers what is under way, and what follows from it, until nothing more happens at this moment. */
   async settle(): Promise<void> {
-    for (let turn = 0; turn < 2000; turn++) {
+    for (let turn = 0; turn < 4000; turn++) {
       let any = false;
       for (const node of this.nodes) any = node.deliver() || any;
       let asked = false;
@@ -1151,7 +1186,8 @@ export class World {
       }
       // The answers' promises have a few steps to go.
       if (asked) for (let step = 0; step < 4; step++) await undefined;
-      while (this.clock.fire()) any = true;
+      // One at a time: what a round leaves for the next one, notifications come between.
+      if (this.clock.fire()) any = true;
       if (!any && !asked) return;
     }
     throw new Error("the world does not come to rest");

@@ -13,6 +13,7 @@
  *   n1 loses request|answer                      of its next write to etcd
  *   n1 deleted | revoked | overwritten           its key is deleted, or its etcd lease revoked, or another node writes it
  *   n1 drift <what> [101] | silently <what>      somebody changes the kernel; silently: the notification is lost
+ *   n1 amid drift|silently <what> [101]          the same, while the node is reading the kernel's tables or maps
  *   n1 uplink down|up|moves                      moves: gets another address
  *   n1 pod 5 [gone]                              a pod on the bridge
  *   n1 fails <what> | heals                      writes, dump, load, activate, rows, put, remove, attachments, ...
@@ -44,6 +45,8 @@ const NETWORKS = new Map(
 const NOTICE_MS = 8000;
 
 export const RESYNC_MS = 60_000;
+/** So many rows are handed to a reader before something happens behind its back, at most. */
+const READS_PASSED_OVER = 12;
 
 /** A peer that a story tells of, as it believes itself to be. */
 interface Peer {
@@ -155,8 +158,9 @@ export class Story {
     }
   }
 
-  private happen(node: Node, [verb, a = "", b = ""]: string[], line: string): void {
+  private happen(node: Node, [verb, ...rest]: string[], line: string): void {
     const { client, kernel } = node;
+    const [a = "", b = ""] = rest;
     switch (verb) {
       case "start":
         // Without an uplink it ends, and whoever keeps it running starts it again.
@@ -201,6 +205,14 @@ export class Story {
           this.invariants.revoked(node, key);
           etcd.revoke(etcd.keys.get(key)?.leaseId ?? "0");
         }
+        return;
+      }
+      case "amid": {
+        this.invariants.nodeDrifted(node);
+        // Not always at the first that is read.
+        const passedOver = Math.floor(this.world.random() * READS_PASSED_OVER);
+        for (let read = 0; read < passedOver; read++) kernel.amid.push(() => undefined);
+        kernel.amid.push(() => this.happen(node, rest, line));
         return;
       }
       case "drift":
@@ -362,6 +374,7 @@ export class Story {
     for (const node of this.world.nodes) {
       this.heal(node);
       node.holdNetlink = node.holdStore = false;
+      node.kernel.amid.length = 0;
       this.raise(node);
       if (node.agent === undefined) {
         this.invariants.started(node);
