@@ -230,7 +230,7 @@ describe("a process of its own", () => {
     writeFileSync(script, head + body);
     const { status, signal, stdout, stderr } = spawnSync(process.execPath, [script], {
       encoding: "utf8",
-      timeout: 20_000,
+      timeout: 20_000 * Number(process.env.TWILL_SLOWNESS ?? 1),
     });
     return { status, signal, stdout, stderr };
   };
