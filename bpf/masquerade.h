@@ -668,6 +668,18 @@ static __always_inline __u32 checksum_offset(__u8 protocol)
 	return 0;
 }
 
+/* Writes a port, `at` bytes into the transport header. Nearly all have it at hand: no call is needed. */
+static __always_inline int store_port(struct __sk_buff *skb, const struct packet4 *packet, __u32 at,
+				      __be16 port)
+{
+	void *place = packet_data(skb) + ETH_HLEN + sizeof(struct iphdr) + at;
+
+	if (packet->header != sizeof(struct iphdr) || place + sizeof(port) > packet_end(skb))
+		return bpf_skb_store_bytes(skb, ETH_HLEN + packet->header + at, &port, sizeof(port), 0);
+	*(__be16 *)place = port;
+	return 0;
+}
+
 /*
  * Changes one end of a packet: the address at `address_at` bytes of the IP header from `from` to `to`, the port from
  * `port` to `to_port`. The checksum of a packet that the network card still has to complete is changed where it
@@ -693,7 +705,7 @@ static __always_inline int translate4(struct __sk_buff *skb, const struct packet
 		}
 		if (port != to_port &&
 		    (bpf_l4_csum_replace(skb, transport + check, port, to_port, mangled | sizeof(port)) ||
-		     bpf_skb_store_bytes(skb, transport + port_at, &to_port, sizeof(to_port), 0)))
+		     store_port(skb, packet, port_at, to_port)))
 			return -1;
 	}
 	ip = packet_data(skb) + ETH_HLEN;
