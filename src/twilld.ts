@@ -488,10 +488,13 @@ class StatusKeeper {
     this.#write();
   }
 
+  /** Writes the files a last time. The log goes on with why it ends, not with what was still to be told. */
   stop(): void {
     clearInterval(this.#peersTimer);
+    clearTimeout(this.#telling);
+    clearTimeout(this.#timer);
     this.#writePeers();
-    this.write();
+    this.#write();
   }
 
   current(): AgentStatus | undefined {
