@@ -189,7 +189,11 @@ describe("a tunnel", () => {
       await until(`${subnet} to be reached through flannel.1`, async () =>
         (await hostAt(index).ip(`route show ${subnet}`)).includes("dev flannel.1"),
       );
-      expect(await hostAt(index).ip("neigh show dev fx")).not.toContain("PERMANENT");
+      // The commands are run one after the other, and nothing waits for them.
+      await until(
+        `what was added for ${subnet} to be gone`,
+        async () => !(await hostAt(index).ip("neigh show dev fx")).includes("PERMANENT"),
+      );
     }
     await carries();
   });
