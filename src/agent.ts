@@ -236,6 +236,8 @@ export class Agent {
   readonly #unread = new Set<string>();
   /** Keys of leases whose peers are still reached without a tunnel, and until when, see `HOLD_MS`; the first comes first. */
   readonly #held = new Map<string, number>();
+  /** For so long after our own backend has changed, all peers that can be are reached without a tunnel. */
+  #movingUntil = 0;
   /** Keys of the routes that no lease gives. */
   #commonRoutes: ReadonlySet<string> = new Set();
   /** Leases that give no rows, and why. */
@@ -875,6 +877,8 @@ export class Agent {
     const text = JSON.stringify(facts);
     if (this.#facts !== undefined && text === this.#factsText) return this.#facts;
     const former = this.#facts?.network.network;
+    if (JSON.stringify(this.#facts?.network.backend ?? network.backend) !== JSON.stringify(network.backend))
+      this.#movingUntil = this.#world.clock.now() + HOLD_MS;
     const { address, length } = network.network;
     if (former !== undefined && (former.address !== address || former.length !== length)) {
       this.#formerBlocks.push(former);
@@ -952,12 +956,17 @@ export class Agent {
     return { ...plain, neighbour: rows.neighbour, fdb: rows.fdb };
   }
 
-  /** The rows of a way without a tunnel, if these are of one with a tunnel and the kernel still has the other. */
+  /**
+   * The rows of a way without a tunnel, if these are of one with a tunnel, and the kernel still has the other or we have just
+   * got another backend ourselves.
+   */
   #plainWay(lease: Lease, { subnet }: LeaseRows, facts: Facts): LeaseRows | undefined {
     if (subnet === undefined || subnet.reach === "REACH_DIRECT") return undefined;
     const plain = directRows(lease, this.#paths.to(lease.publicIp), facts);
     if (plain.subnet === undefined || plain.route === undefined) return undefined;
     const { gateway, outIndex } = plain.route;
+    // Peers that have heard of a new backend before us may say already that they have moved.
+    if (this.#world.clock.now() < this.#movingUntil) return plain;
     // A former run of ours may have put it there, or flanneld.
     const actual = this.#routes.actualRow(routeKey(plain.route));
     return actual?.gateway === gateway && actual?.outIndex === outIndex ? plain : undefined;

@@ -1221,6 +1221,23 @@ describe("a peer of another backend, while a cluster moves", () => {
     },
   );
 
+  test.each(["ipip", "udp"] as const)(
+    "that has heard of %s before us is reached without a tunnel as well, until it has its programs for sure",
+    async (type) => {
+      const [world, node] = await forwarding(1);
+      // Its lease is news of the same moment as the config.
+      world.etcd.put("config", config({ Type: type }));
+      world.etcd.put("subnets/10.3.101.0-24", nodes("192.168.0.101", 1)[type]);
+      const direct = "10.3.101.0/24 via 192.168.0.101 dev eth0";
+      await world.pass(HOLD_MS - 1);
+      expect(routes(node)).toContain(direct);
+      expect(node.dataplane.maps.subnets4.get("10.3.101.0/24")?.reach).toBe("REACH_DIRECT");
+      await world.pass(1);
+      expect(routes(node)).not.toContain(direct);
+      expect(node.dataplane.maps.subnets4.get("10.3.101.0/24")?.reach).not.toBe("REACH_DIRECT");
+    },
+  );
+
   test("its new way is in the maps before other programs are loaded", async () => {
     const [world, node] = await forwarding(1);
     const order: string[] = [];

@@ -12,7 +12,9 @@ import { createLab, type Etcd, type Host, type Lab, repository, until } from "..
 import { startTwilld, type Twilld, twill } from "../twilld.ts";
 
 const CONFIG = "/coreos.com/network/config";
-const network = (backend: object) => JSON.stringify({ Network: "172.7.0.0/16", Backend: backend });
+/** 172.7.254.0/24 is for a peer that the test makes up. */
+const network = (backend: object) =>
+  JSON.stringify({ Network: "172.7.0.0/16", SubnetMax: "172.7.250.0", Backend: backend });
 
 const FLAGS = ["--peer-probes=1", "--ip-masq", "--metrics-peers=10", "--healthz-ip=0.0.0.0"];
 
