@@ -373,6 +373,8 @@ export class Dataplane {
   #former: BpfMap | undefined;
   /** The programs loaded last are those that run. */
   #active = false;
+  /** The TCX links by what they attach, as they were seen last. */
+  readonly #linkIds = new Map<string, number>();
   /** What each map held when it was read last, unless rows were written since: decoding thousands costs more than they. */
   readonly #read = new Map<MapName, Image>();
   /** What is being read. */
@@ -639,8 +641,10 @@ export class Dataplane {
     if (this.mode === "tcx") {
       for (const [path, row, link] of this.#links()) {
         // A link outlives its interface as a pin that leads nowhere.
-        if (link.info().ifindex === row.ifindex) rows.set(attachmentKey(row), row);
-        else unlinkSync(path);
+        if (link.info().ifindex === row.ifindex) {
+          rows.set(attachmentKey(row), row);
+          this.#linkIds.set(attachmentKey(row), link.id);
+        } else unlinkSync(path);
         link.close();
       }
       return rows;
@@ -652,14 +656,8 @@ export class Dataplane {
   /** Whether a program that was attached still is. One with clsact counts as such: the kernel tells when it is deleted. */
   isAttached(row: AttachmentRow): boolean {
     if (this.mode === "clsact") return true;
-    const path = join(this.pinPath, "links", attachmentKey(row));
-    if (!existsSync(path)) return false;
-    const link = openPinnedLink(path);
-    try {
-      return link.info().ifindex === row.ifindex;
-    } finally {
-      link.close();
-    }
+    const id = this.#linkIds.get(attachmentKey(row));
+    return queryTcx(row.ifindex, DIRECTIONS[row.hook]).some(({ linkId }) => linkId === id);
   }
 
   /** Attaches, or replaces what is attached. Throws LibbpfError. */
@@ -679,6 +677,7 @@ export class Dataplane {
       try {
         if (former.info().ifindex === row.ifindex) {
           former.update(program);
+          this.#linkIds.set(attachmentKey(row), former.id);
           return;
         }
       } finally {
@@ -689,6 +688,7 @@ export class Dataplane {
     const link = attachTcx(program, row.ifindex, direction);
     try {
       link.pin(path);
+      this.#linkIds.set(attachmentKey(row), link.id);
     } finally {
       link.close();
     }
@@ -765,6 +765,7 @@ export class Dataplane {
   }
 
   #unlink(row: AttachmentRow): void {
+    this.#linkIds.delete(attachmentKey(row));
     const path = join(this.pinPath, "links", attachmentKey(row));
     if (!existsSync(path)) return;
     const link = openPinnedLink(path);
