@@ -5,7 +5,7 @@
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
-import { createLab, type Etcd, type Host, type Lab, type Pod } from "../lab.ts";
+import { createLab, type Etcd, type Host, type Lab, type Pod, until } from "../lab.ts";
 import { startTwilld, type Twilld, twill } from "../twilld.ts";
 import { probe, serve, TCP_PORT } from "./cluster.ts";
 
@@ -40,7 +40,7 @@ describe.each(["vxlan", "host-gw", "udp"])("%s", (type) => {
     return (await Promise.all(all)).map(({ subnet }) => subnet ?? "");
   }
 
-  /** What is there of the two subnets is all that is there: in etcd, in subnet.env, in the kernel and in the maps. */
+  /** Once all is in order, what is there of the two subnets is all that is there: in etcd, in subnet.env, in the kernel and in the maps. */
   async function isAllOf(network: string, subnets: readonly string[]): Promise<void> {
     const keys = (await etcd.ctl("get", "--keys-only", "--prefix", `${PREFIX}/subnets/`)).split("\n");
     expect(keys.filter((key) => key !== "").sort()).toEqual(
@@ -48,6 +48,9 @@ describe.each(["vxlan", "host-gw", "udp"])("%s", (type) => {
     );
     for (const [index, host] of hosts.entries()) {
       const [own = "", peer = ""] = index === 0 ? subnets : [...subnets].reverse();
+      // The file comes last; what is told of the lease, with the lease.
+      const isWritten = () => twillds[index]?.subnetEnv.FLANNEL_NETWORK === network;
+      await until(`subnet.env of ${host.name} to be of ${network}`, isWritten);
       expect(twillds[index]?.subnetEnv).toMatchObject({
         FLANNEL_NETWORK: network,
         FLANNEL_SUBNET: own.replace(".0/", ".1/"),
