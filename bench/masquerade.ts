@@ -57,6 +57,14 @@ const rows: readonly Row[] = [
     flannelRow(form, crowded(form)),
     twillRow(crowded(form), [flannel(form, crowded(form)), twill(few)]),
   ]),
+  {
+    // What nothing that masquerades can be faster than.
+    name: "host to host, no pods",
+    against: [flannel("iptables", few), flannel("iptables", crowded("iptables"))],
+    async build(_, [a, b]) {
+      return { from: a, to: b, address: b.address };
+    },
+  },
 ];
 
 export const masquerade: Suite = {
