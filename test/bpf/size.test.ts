@@ -1,8 +1,9 @@
 /**
- * How much stack the programs use, and how many instructions they have, as the kernel runs them, against what `sizes.json` says: growth is seen, and
- * agreed to by changing that file. `TWILL_WRITE_SIZES=1 test/run test/bpf/size.test.ts` writes it.
+ * How much stack the programs use, and how many instructions they have, as the kernel runs them (Linux 6.8 on), against
+ * what `sizes.json` says: growth is seen, and agreed to by changing that file. `TWILL_WRITE_SIZES=1 test/run test/bpf/size.test.ts` writes it.
  */
 import { readFileSync, writeFileSync } from "node:fs";
+import { release } from "node:os";
 import { join } from "node:path";
 import { afterAll, expect, test } from "vitest";
 import { programInfo } from "../../loader/program.ts";
@@ -26,7 +27,11 @@ type Sizes = Record<string, Record<string, number>>;
 const agreed = JSON.parse(readFileSync(FILE, "utf8")) as Sizes;
 const found: Sizes = {};
 
-test.each(Object.entries(variants))(
+/** Kernels before Linux 6.8 keep functions that nobody calls, which the figures are without. */
+const [major = 0, minor = 0] = release().split(".").map(Number);
+const isOlder = major < 6 || (major === 6 && minor < 8);
+
+test.skipIf(isOlder).each(Object.entries(variants))(
   "the programs of %s have the size that was agreed to",
   (name, changes) => {
     const node = Node.load(changes, "shipped");
