@@ -29,6 +29,8 @@ import {
   Host,
   type HostRows,
   type HostTable,
+  isEthernet,
+  type Link,
   type Neighbour,
   type NetlinkEvent,
   type Route,
@@ -165,7 +167,6 @@ const LEASES_PER_ROUND = 250;
 const TABLE_MAIN = 254;
 const UNICAST = 1;
 const BLACKHOLE = 6;
-const ETHERNET = 1;
 const PERMANENT = 128;
 /** RTPROT_BOOT: what flanneld leaves behind. */
 const ROUTE_PROTOCOL_BOOT = 3;
@@ -876,13 +877,7 @@ export class Agent {
     };
     const text = JSON.stringify(facts);
     if (this.#facts !== undefined && text === this.#factsText) return this.#facts;
-    const former = this.#facts?.network.network;
-    if (JSON.stringify(this.#facts?.network.backend ?? network.backend) !== JSON.stringify(network.backend))
-      this.#movingUntil = this.#world.clock.now() + HOLD_MS;
-    const { address, length } = network.network;
-    if (former !== undefined && (former.address !== address || former.length !== length)) {
-      this.#formerBlocks.push(former);
-    }
+    if (this.#facts !== undefined) this.#leave(this.#facts.network, network);
     this.#factsText = text;
     this.#facts = facts;
     this.#desired = claim(this.#desired, { subnet, publicIp: uplink.publicIp });
@@ -893,6 +888,15 @@ export class Agent {
     this.#movePaths();
     this.#addressStale = this.#uplinksStale = true;
     return facts;
+  }
+
+  /** Notes what of a network that we had is still of use with the next one. */
+  #leave(former: Network, next: Network): void {
+    if (JSON.stringify(former.backend) !== JSON.stringify(next.backend))
+      this.#movingUntil = this.#world.clock.now() + HOLD_MS;
+    const { address, length } = next.network;
+    if (former.network.address !== address || former.network.length !== length)
+      this.#formerBlocks.push(former.network);
   }
 
   /**
@@ -1234,7 +1238,8 @@ export class Agent {
   /** The Ethernet interfaces by which peers reach us. */
   #ethernetWays(facts: Facts): ReadonlySet<number> {
     const ways = [facts.uplink.index, ...this.#paths.ways];
-    return new Set(ways.filter((index) => this.#host.links.get(index)?.type === ETHERNET));
+    const isOne = (link: Link | undefined): boolean => link !== undefined && isEthernet(link);
+    return new Set(ways.filter((index) => isOne(this.#host.links.get(index))));
   }
 
   #nameOf(ifindex: number): string {

@@ -77,6 +77,7 @@ const CACHE = "/var/cache/twill";
 /** What ends by itself after a signal has so long; then the process ends without it. */
 const STOP_MS = 10_000;
 const STATUS_MS = 500;
+/** How long changes of the status are gathered before the log tells of them. */
 const TELL_MS = 50;
 /** How old what is written of each peer may be, unless they are many; that one ceased to answer is written at once. */
 const PEERS_MS = 5000;
@@ -427,10 +428,8 @@ async function serve(
 /** Looks for what the kernel tells nobody of: a row that is gone, for packets are dropped as no peer's, and a program. */
 function watchUntold(dataplane: Dataplane, agent: Agent): NodeJS.Timeout {
   let before = 0n;
-  let turn = 0;
   return setInterval(() => {
-    turn += 1;
-    if (turn % 2 === 0) agent.checkAttachments();
+    agent.checkAttachments();
     try {
       const refused = dataplane.refused();
       if (refused > before) agent.onRefused();

@@ -1,13 +1,11 @@
 /** How each peer's public address is reached, by the kernel's own route look-up, and by which interfaces they all are. */
-import type { Host, Path } from "../core/host.ts";
+import { type Host, isEthernet, type Path } from "../core/host.ts";
 import type { Ipv4 } from "../core/ipv4.ts";
 import type { World } from "../core/world.ts";
 import type { Attempts } from "./attempts.ts";
 
 /** Paths that are looked up at a time, in about a millisecond. */
 const LOOK_UPS = 250;
-/** ARPHRD type. */
-const ETHERNET = 1;
 
 export class Paths {
   readonly #host: Pick<Host, "links">;
@@ -82,7 +80,7 @@ export class Paths {
     if (route === undefined || link === undefined) return undefined;
     const { outIndex, gateway, source } = route;
     const mtu = Math.min(route.mtu ?? link.mtu, link.mtu);
-    const path = { outIndex, gateway, source, mtu, ethernet: link.type === ETHERNET };
+    const path = { outIndex, gateway, source, mtu, ethernet: isEthernet(link) };
     // Peers are reached in a few ways, so that thousands need not have a path each.
     if (!samePath(this.#last, path)) this.#last = path;
     return this.#last;

@@ -251,6 +251,13 @@ export function isUnanswered(state: number): boolean {
   return (state & (NUD_INCOMPLETE | NUD_FAILED)) !== 0;
 }
 
+/** ARPHRD type. */
+const ETHERNET = 1;
+
+export function isEthernet({ type }: Link): boolean {
+  return type === ETHERNET;
+}
+
 /** The tables that are mirrored, and what a row of each is. */
 export interface HostRows {
   readonly link: Link;

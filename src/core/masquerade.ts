@@ -9,7 +9,7 @@
  * The tunnel device has a row too, with the address that it has: for what comes from outside the network and goes on to
  * a pod of another node.
  */
-import type { Address, Link } from "./host.ts";
+import { type Address, isEthernet, type Link } from "./host.ts";
 import { formatCidr, formatIpv4, type Ipv4, networkOf, type Prefix } from "./ipv4.ts";
 
 /** Seconds without a packet after which a connection is forgotten; the fields of `struct timeouts`. */
@@ -73,8 +73,6 @@ export function timeoutsOf(read: (name: string) => string | undefined): Timeouts
   return Object.fromEntries(entries) as unknown as Timeouts;
 }
 
-const ETHERNET = 1;
-
 /**
  * The interfaces by which pods may reach the outside: all of Ethernet with an address of global scope, but those of
  * `inside` (pods' own, the tunnel device). `chosen` is the uplink with the address that was chosen for it, and
@@ -94,9 +92,10 @@ export function uplinksOf(
   }
   if (first.has(chosen.index)) first.set(chosen.index, chosen.address);
   const lent = new Map<number, Ipv4>();
-  for (const { index, type, loopback } of host.links) {
+  for (const link of host.links) {
+    const { index, loopback } = link;
     const address = first.get(index);
-    if (address === undefined || type !== ETHERNET || loopback || inside(index)) continue;
+    if (address === undefined || !isEthernet(link) || loopback || inside(index)) continue;
     lent.set(index, address);
   }
   if (overlay !== undefined) lent.set(overlay.index, overlay.address);

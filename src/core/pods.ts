@@ -9,7 +9,7 @@
  * Since the fast lane passes the bridge by, the bridge forgets where a quiet pod is; a known pod stays known
  * while its neighbour entry lives and its port is still a port of the bridge.
  */
-import type { Host, Link } from "./host.ts";
+import { type Host, isEthernet, type Link } from "./host.ts";
 import { contains, type Ipv4, type Prefix } from "./ipv4.ts";
 import type { Mac } from "./model.ts";
 
@@ -47,7 +47,6 @@ export const NO_PODS: Pods = { endpoints: new Map(), interfaces: new Map() };
 const NUD_USABLE = 2 | 4 | 8 | 16 | 64 | 128; // reachable, stale, delay, probe, noarp, permanent
 const TABLE_MAIN = 254;
 const UNICAST = 1;
-const ETHERNET = 1;
 
 /** `not` are the interfaces that cannot lead to pods: the uplink and the tunnel device. */
 export function findPods(host: Host, subnet: Prefix, not: ReadonlySet<number>, before: Pods): Pods {
@@ -67,7 +66,7 @@ export function findPods(host: Host, subnet: Prefix, not: ReadonlySet<number>, b
   }
   for (const link of host.links.values()) {
     const bridge = link.masterIndex === undefined ? undefined : bridges.get(link.masterIndex);
-    if (bridge === undefined || not.has(link.index) || link.type !== ETHERNET) continue;
+    if (bridge === undefined || not.has(link.index) || !isEthernet(link)) continue;
     interfaces.set(link.index, {
       ifindex: link.index,
       gatewayMac: bridge.mac,
@@ -86,8 +85,7 @@ export function findPods(host: Host, subnet: Prefix, not: ReadonlySet<number>, b
   const pointToPoint = new Map<Ipv4, Link & { mac: Mac }>();
   for (const link of host.links.values()) {
     const { mac } = link;
-    if (mac === undefined || link.type !== ETHERNET || not.has(link.index) || bridges.has(link.index))
-      continue;
+    if (mac === undefined || !isEthernet(link) || not.has(link.index) || bridges.has(link.index)) continue;
     for (const route of host.routes.of(link.index)) {
       if (route.table !== TABLE_MAIN || route.type !== UNICAST || route.destination.length !== 32) continue;
       if (route.gateway !== undefined || !contains(subnet, route.destination.address)) continue;

@@ -344,6 +344,8 @@ function openRequestSocket(): Socket {
   }
 }
 
+const listing = (table: Table): string => `list ${table === "fdb" ? "FDB entries" : table}`;
+
 /** Sends requests and matches answers to them by sequence number. */
 class Requester {
   private socket = openRequestSocket();
@@ -366,21 +368,30 @@ class Requester {
 
   /** Passes on each message of our own sequence numbers until `take` returns true. */
   private answers(operation: string, first: number, last: number, take: (message: Message) => boolean): void {
-    for (;;) {
-      const length = this.socket.receive(0);
-      if (length < 0) throw new NetlinkError(operation, -length, -length === EAGAIN ? "no answer came" : "");
-      try {
-        for (const message of messages(this.socket.buffer, length)) {
-          if (message.sequence < first || message.sequence > last) continue;
-          if (take(message)) return;
-        }
-      } catch (error) {
-        // The rest of this answer would block the next request; a fresh socket owes us nothing.
-        this.socket.close();
-        this.socket = openRequestSocket();
-        if (error instanceof MalformedMessage) throw new NetlinkError(operation, EBADMSG, error.message);
-        throw error;
+    while (!this.answer(operation, first, last, take));
+  }
+
+  /** The same of the next datagram alone. Returns whether `take` returned true. */
+  private answer(
+    operation: string,
+    first: number,
+    last: number,
+    take: (message: Message) => boolean,
+  ): boolean {
+    const length = this.socket.receive(0);
+    if (length < 0) throw new NetlinkError(operation, -length, -length === EAGAIN ? "no answer came" : "");
+    try {
+      for (const message of messages(this.socket.buffer, length)) {
+        if (message.sequence < first || message.sequence > last) continue;
+        if (take(message)) return true;
       }
+      return false;
+    } catch (error) {
+      // The rest of this answer would block the next request; a fresh socket owes us nothing.
+      this.socket.close();
+      this.socket = openRequestSocket();
+      if (error instanceof MalformedMessage) throw new NetlinkError(operation, EBADMSG, error.message);
+      throw error;
     }
   }
 
@@ -398,13 +409,32 @@ class Requester {
     decode: (buffer: Buffer, message: Message) => Row | undefined,
     routeTable?: number,
   ): Row[] {
-    const operation = `list ${table === "fdb" ? "FDB entries" : table}`;
     for (let attempt = 0; attempt < DUMP_ATTEMPTS; attempt++) {
       const rows: Row[] = [];
-      let interrupted = false;
+      const blocks = this.list(table, decode, routeTable);
+      let block = blocks.next();
+      for (; block.done !== true; block = blocks.next()) for (const row of block.value) rows.push(row);
+      if (!block.value) return rows;
+    }
+    throw new NetlinkError(listing(table), EINTR);
+  }
+
+  /**
+   * The rows of a table as they come; returns whether it changed meanwhile. Whoever gives it up closes this: the rest would
+   * block the next request.
+   */
+  *list<Row>(
+    table: Table,
+    decode: (buffer: Buffer, message: Message) => Row | undefined,
+    routeTable?: number,
+  ): Generator<readonly Row[], boolean> {
+    const operation = listing(table);
+    const sequence = this.ask(operation, (number) => encodeDump(this.writer, number, table, routeTable));
+    let interrupted = false;
+    for (let isAll = false; !isAll; ) {
+      const rows: Row[] = [];
       let verdict: Ack = { errno: 0, detail: "" };
-      const sequence = this.ask(operation, (number) => encodeDump(this.writer, number, table, routeTable));
-      this.answers(operation, sequence, sequence, (message) => {
+      isAll = this.answer(operation, sequence, sequence, (message) => {
         if (message.flags & NLM_F.DUMP_INTR) interrupted = true;
         if (message.type === NLMSG_ERROR || message.type === NLMSG_DONE) {
           verdict = decodeAck(this.socket.buffer, message);
@@ -414,43 +444,12 @@ class Requester {
         if (row !== undefined) rows.push(row);
         return false;
       });
-      // A routing table that has never had a route does not exist.
-      if (verdict.errno === ENOENT && routeTable !== undefined) return [];
-      if (verdict.errno !== 0) throw new NetlinkError(operation, verdict.errno, verdict.detail);
-      if (!interrupted) return rows;
-    }
-    throw new NetlinkError(operation, EINTR);
-  }
-
-  /** The rows of a table as they come. Whoever gives it up closes this: the rest would block the next request. */
-  *list<Row>(
-    table: Table,
-    decode: (buffer: Buffer, message: Message) => Row | undefined,
-  ): Generator<readonly Row[]> {
-    const operation = `list ${table === "fdb" ? "FDB entries" : table}`;
-    const sequence = this.ask(operation, (number) => encodeDump(this.writer, number, table));
-    let verdict: Ack | undefined;
-    while (verdict === undefined) {
-      const rows: Row[] = [];
-      const length = this.socket.receive(0);
-      if (length < 0) throw new NetlinkError(operation, -length, -length === EAGAIN ? "no answer came" : "");
-      try {
-        for (const message of messages(this.socket.buffer, length)) {
-          if (message.sequence !== sequence) continue;
-          if (message.type === NLMSG_ERROR || message.type === NLMSG_DONE) {
-            verdict = decodeAck(this.socket.buffer, message);
-            break;
-          }
-          const row = decode(this.socket.buffer, message);
-          if (row !== undefined) rows.push(row);
-        }
-      } catch (error) {
-        if (error instanceof MalformedMessage) throw new NetlinkError(operation, EBADMSG, error.message);
-        throw error;
-      }
       if (rows.length > 0) yield rows;
+      // A routing table that has never had a route does not exist.
+      if (verdict.errno === ENOENT && routeTable !== undefined) return false;
+      if (verdict.errno !== 0) throw new NetlinkError(operation, verdict.errno, verdict.detail);
     }
-    if (verdict.errno !== 0) throw new NetlinkError(operation, verdict.errno, verdict.detail);
+    return interrupted;
   }
 
   /**
