@@ -3,7 +3,7 @@ import { dirname } from "node:path";
 import type { Host } from "../test/lab.ts";
 import { startUdpPeer } from "../test/udppeer.ts";
 import { addForwardRules, pairHostGw, pairVxlan } from "./baseline.ts";
-import { network, type Path, type Row, type Suite, startTwillds, subnets } from "./suite.ts";
+import { hostToHost, network, type Path, type Row, type Suite, startTwillds, subnets } from "./suite.ts";
 import { connections, load, roundTrips, tcpStream, udpCost, udpPackets } from "./workloads.ts";
 
 const rows: readonly Row[] = [
@@ -54,13 +54,7 @@ const rows: readonly Row[] = [
     against: ["Twill vxlan", "udp by a process (as flanneld)"],
     build: twill({ Type: "udp" }, 1472),
   },
-  {
-    name: "host to host, no pods",
-    against: [],
-    async build(_, [a, b]) {
-      return { from: a, to: b, address: b.address };
-    },
-  },
+  hostToHost(),
 ];
 
 export const forwarding: Suite = {
@@ -71,37 +65,21 @@ export const forwarding: Suite = {
     "iproute2 and iptables as flanneld sets them up, with its default FORWARD rules; bridge netfilter as the kernel has it",
 };
 
-const BARE = /vxlan|host-gw|host to host/;
+const OFFLOADS = ["tx", "rx", "tso", "gso", "gro"];
 
 /** The same with nothing left to the uplinks: the stack cuts aggregates and adds checksums itself, as without a good card. */
 export const offloads: Suite = {
   ...forwarding,
   name: "offloads",
-  rows: rows
-    .filter(({ name }) => BARE.test(name))
-    .map((row) => ({
-      ...row,
-      async build(lab, hosts) {
-        const path = await row.build(lab, hosts);
-        for (const host of hosts)
-          await host.exec([
-            "ethtool",
-            "-K",
-            "eth0",
-            "tx",
-            "off",
-            "rx",
-            "off",
-            "tso",
-            "off",
-            "gso",
-            "off",
-            "gro",
-            "off",
-          ]);
-        return path;
-      },
-    })),
+  rows: rows.map((row) => ({
+    ...row,
+    async build(lab, hosts) {
+      const path = await row.build(lab, hosts);
+      const off = OFFLOADS.flatMap((name) => [name, "off"]);
+      for (const host of hosts) await host.exec(["ethtool", "-K", "eth0", ...off]);
+      return path;
+    },
+  })),
   workloads: [tcpStream, udpPackets, connections],
   network: "hosts are network namespaces joined by a veth pair, MTU 1500, all offloads of the veth off",
 };

@@ -12,8 +12,8 @@
  *   load answer ADDRESS PORT SECONDS PORTS          answers UDP packets on PORTS ports from PORT on
  *   load open ADDRESS PORT SECONDS PORTS COUNT      COUNT flows to those ports, two packets each way on every one
  *
- * Each ends by itself. The result is one line of JSON on stdout (of `open` none); servers print "ready" first. Only what
- * arrived counts: the sender of UDP packets reports nothing.
+ * Each ends by itself. The result is one line of JSON on stdout (of `open` none); servers print "ready" first, and
+ * sink "counting" when it begins to. Only what arrived counts: the sender of UDP packets reports nothing.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -82,7 +82,7 @@ static void sink(struct sockaddr_in *address, double seconds)
 	struct iovec parts[BATCH];
 	struct timeval patience = { .tv_sec = 5 };
 	uint64_t packets = 0, begin = 0, end = 0, at;
-	int fd = open_socket(SOCK_DGRAM), n;
+	int fd = open_socket(SOCK_DGRAM), n, counts = 0;
 
 	for (int i = 0; i < BATCH; i++) {
 		parts[i] = (struct iovec){ bytes[i], MAX_SIZE };
@@ -102,14 +102,18 @@ static void sink(struct sockaddr_in *address, double seconds)
 			begin = at + WARM_UP;
 			end = begin + (uint64_t)(seconds * 1e9);
 		}
-		if (at >= begin)
-			packets += n;
+		if (at < begin)
+			continue;
+		if (!counts)
+			puts("counting");
+		counts = 1;
+		packets += n;
 	} while (at < end);
 	printf("{\"packetsPerSecond\": %.1f}\n", packets / ((at - begin) / 1e9));
 }
 
-/* Sleeps until this many packets may have been sent since the beginning. */
-static void await(uint64_t begin, uint64_t packets, double rate)
+/* The pace is the load itself: sleeps until this many packets may have been sent since the beginning. */
+static void keep_pace(uint64_t begin, uint64_t packets, double rate)
 {
 	uint64_t due = begin + (uint64_t)(packets / rate * 1e9);
 	struct timespec t = { .tv_sec = due / 1000000000, .tv_nsec = due % 1000000000 };
@@ -139,7 +143,7 @@ static void blast(struct sockaddr_in *address, double seconds, size_t size, doub
 			fail("send");
 		packets += BATCH;
 		if (rate > 0)
-			await(begin, packets, rate);
+			keep_pace(begin, packets, rate);
 	}
 }
 

@@ -11,7 +11,7 @@ import { iptablesRules, nftRules, type Service } from "../test/kubeproxy.ts";
 import type { Host, Namespace } from "../test/lab.ts";
 import type { Twilld } from "../test/twilld.ts";
 import { addForwardRules, addMasqueradeRules, addNftRules } from "./baseline.ts";
-import { network, type Path, type Row, type Suite, startTwillds, subnets } from "./suite.ts";
+import { hostToHost, network, type Path, type Row, type Suite, startTwillds, subnets } from "./suite.ts";
 import { connections, load, tcpStream, udpPackets } from "./workloads.ts";
 
 const [subnet] = subnets;
@@ -57,14 +57,7 @@ const rows: readonly Row[] = [
     flannelRow(form, crowded(form)),
     twillRow(crowded(form), [flannel(form, crowded(form)), twill(few)]),
   ]),
-  {
-    // What nothing that masquerades can be faster than.
-    name: "host to host, no pods",
-    against: [flannel("iptables", few), flannel("iptables", crowded("iptables"))],
-    async build(_, [a, b]) {
-      return { from: a, to: b, address: b.address };
-    },
-  },
+  hostToHost(flannel("iptables", few), flannel("iptables", crowded("iptables"))),
 ];
 
 export const masquerade: Suite = {

@@ -1,6 +1,7 @@
 /**
  * `make bench`: Twill next to the kernel set up as flanneld does it, in one run: `forwarding` between pods, and next to
- * the wire itself; `offloads`, the same with those of the uplinks off; `masquerade` from pods to the outside; `monitor` with `twill monitor` watching a flood of drops.
+ * the wire itself; `offloads`, the same with those of the uplinks off; `masquerade` from pods to the outside; `monitor` with
+ * `twill monitor` watching a flood of drops.
  *
  * Each row of a table has a pair of hosts of its own, joined by a cable, all at once. A round takes one load
  * after the other and measures all rows with it, in an order that rotates from round to round, so that a slow

@@ -28,6 +28,15 @@ export interface Row {
   build(lab: Lab, hosts: [Host, Host]): Promise<Path>;
 }
 
+/** The nodes themselves, without a pod, a bridge or a program: nothing that forwards can be faster. */
+export const hostToHost = (...against: string[]): Row => ({
+  name: "host to host, no pods",
+  against,
+  async build(_, [a, b]) {
+    return { from: a, to: b, address: b.address };
+  },
+});
+
 /** Rows that are measured together, in turns. */
 export interface Suite {
   readonly name: string;

@@ -8,7 +8,6 @@
 import { existsSync } from "node:fs";
 import { cpus } from "node:os";
 import { join } from "node:path";
-import { setTimeout } from "node:timers/promises";
 import type { Namespace } from "../test/lab.ts";
 import { repository } from "../test/lab.ts";
 import type { Metric } from "./figures.ts";
@@ -29,21 +28,9 @@ export const tcpStream: Workload = {
   async run(from, to, address, seconds) {
     const server = to.spawn(["iperf3", "-s", "-1", "--forceflush", "-B", address, "-A", serverCpu]);
     await server.line(/Server listening/);
-    // One that paces by what it measures of the way would measure itself.
-    const control = ["-C", "cubic"];
-    const argv = [
-      "iperf3",
-      "-J",
-      "-c",
-      address,
-      "-t",
-      String(seconds),
-      "-O",
-      "1",
-      "-A",
-      clientCpu,
-      ...control,
-    ];
+    // A congestion control that paces by what it measures of the way would measure itself.
+    const how = ["-A", clientCpu, "-C", "cubic"];
+    const argv = ["iperf3", "-J", "-c", address, "-t", String(seconds), "-O", "1", ...how];
     const { stdout } = await from.exec(argv);
     await server.stop();
     const report = JSON.parse(stdout) as { end: { sum_received: { bits_per_second: number } } };
@@ -84,15 +71,14 @@ export const udpCost: Workload = {
     },
   ],
   async run(from, to, address, seconds) {
-    const sink = to.spawn([load, "-c", serverCpu, "sink", address, "9000", String(seconds + 0.2)]);
+    const sink = to.spawn([load, "-c", serverCpu, "sink", address, "9000", String(seconds)]);
     await sink.line(/ready/);
     const argv = [load, "-c", clientCpu, "blast", address, "9000", String(seconds + 3), "64", String(PACED)];
     const blast = from.spawn(argv);
-    await setTimeout(300);
+    await sink.line(/counting/);
     const before = idleTimes();
-    await setTimeout(seconds * 1000);
-    const after = idleTimes();
     const [, rate] = await sink.line(/"packetsPerSecond": ([\d.]+)/);
+    const after = idleTimes();
     await blast.stop();
     await sink.stop();
     if (Number(rate) < 0.99 * PACED)

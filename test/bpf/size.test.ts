@@ -1,6 +1,7 @@
 /**
  * How much stack the programs use, and how many instructions they have, as the kernel runs them (Linux 6.8 on), against
- * what `sizes.json` says: growth is seen, and agreed to by changing that file. `TWILL_WRITE_SIZES=1 test/run test/bpf/size.test.ts` writes it.
+ * what `sizes.json` says: growth is seen, and agreed to by changing that file.
+ * `TWILL_WRITE_SIZES=1 test/run test/bpf/size.test.ts` writes it.
  */
 import { readFileSync, writeFileSync } from "node:fs";
 import { release } from "node:os";
@@ -32,7 +33,7 @@ const [major = 0, minor = 0] = release().split(".").map(Number);
 const isOlder = major < 6 || (major === 6 && minor < 8);
 
 test.skipIf(isOlder).each(Object.entries(variants))(
-  "the programs of %s have the size that was agreed to",
+  "the programs of %s have the size that was agreed to (where the kernel drops what nobody calls: Linux 6.8 on)",
   (name, changes) => {
     const node = Node.load(changes, "shipped");
     try {

@@ -40,7 +40,7 @@ describe.each(["vxlan", "host-gw", "udp"])("%s", (type) => {
     return (await Promise.all(all)).map(({ subnet }) => subnet ?? "");
   }
 
-  /** Once all is in order, what is there of the two subnets is all that is there: in etcd, in subnet.env, in the kernel and in the maps. */
+  /** What is there of the two subnets is all that is there, in the end: in etcd, in subnet.env, in the kernel and in the maps. */
   async function isAllOf(network: string, subnets: readonly string[]): Promise<void> {
     const keys = (await etcd.ctl("get", "--keys-only", "--prefix", `${PREFIX}/subnets/`)).split("\n");
     expect(keys.filter((key) => key !== "").sort()).toEqual(
