@@ -5,8 +5,8 @@
 // call costs about a microsecond and makes no garbage. Nothing here knows what it calls.
 //
 // Rules that keep native code honest: memory handed to C stays referenced until C is done with it; a callback
-// lives until it is released; C never calls back from another thread; errno is taken in the same breath as
-// the call that set it. Layouts are those of 64-bit little-endian Linux (x86-64, arm64).
+// lives until it is released; C never calls back from another thread, whichever thread a call runs on; errno is
+// taken in the same breath as the call that set it. Layouts are those of 64-bit little-endian Linux (x86-64, arm64).
 import { createRequire } from "node:module";
 import { isMainThread } from "node:worker_threads";
 import type Ffi from "ffi-napi";
@@ -44,6 +44,11 @@ export type Call<A extends readonly ArgumentKind[], R extends ResultKind> = (
   ...args: { [K in keyof A]: ArgumentValues[A[K]] }
 ) => ResultValues[R];
 
+/** A prepared C function that runs on a thread of libuv's pool, while the event loop goes on. */
+export type ThreadCall<A extends readonly ArgumentKind[], R extends ResultKind> = (
+  ...args: { [K in keyof A]: ArgumentValues[A[K]] }
+) => Promise<ResultValues[R]>;
+
 /** A JS function that C may call, on the main thread only, until `release()`. */
 export interface Callback {
   readonly address: number;
@@ -64,6 +69,13 @@ const ref = require("ref-napi") as typeof Ref;
 // holds this door open.
 const bindings: {
   ffi_call(cif: Buffer, fn: Buffer, result: Buffer, args: Buffer): void;
+  ffi_call_async(
+    cif: Buffer,
+    fn: Buffer,
+    result: Buffer,
+    args: Buffer,
+    done: (error: string | null) => void,
+  ): void;
 } = require("ffi-napi/lib/bindings");
 
 const WORD = 8;
@@ -159,12 +171,17 @@ function addressIn(value: Pointer): number | bigint {
   return value instanceof Uint8Array ? addressOf(value) : value.address;
 }
 
-function prepare<const A extends readonly ArgumentKind[], R extends ResultKind>(
-  fn: Buffer,
-  symbol: string,
-  returns: R,
-  kinds: A,
-): Call<A, R> {
+/** What one call at a time is described by: where its arguments and its result are. */
+interface Frame {
+  readonly cif: Buffer;
+  readonly block: Buffer;
+  readonly result: Buffer;
+  /** Stores arguments. What they point to must be kept: in `args`, strings are replaced by the memory they are in. */
+  fill(args: unknown[]): void;
+  read(): unknown;
+}
+
+function frameOf(symbol: string, returns: ResultKind, kinds: readonly ArgumentKind[]): Frame {
   const cif = ffi.CIF(
     resultTypes[returns],
     kinds.map((kind) => argumentTypes[kind]),
@@ -211,11 +228,25 @@ function prepare<const A extends readonly ArgumentKind[], R extends ResultKind>(
   };
   const readResult = read[returns];
 
-  const call = (...args: unknown[]): unknown => {
+  const fill = (args: unknown[]): void => {
     if (args.length !== count) {
       throw new TypeError(`${symbol}() takes ${count} arguments, not ${args.length}.`);
     }
     for (let i = 0; i < count; i++) store(i, kinds[i] as ArgumentKind, args[i], args);
+  };
+  // The slots are written by address: whoever has the frame has them as well.
+  return { cif, block, result, fill, read: readResult };
+}
+
+function prepare<const A extends readonly ArgumentKind[], R extends ResultKind>(
+  fn: Buffer,
+  symbol: string,
+  returns: R,
+  kinds: A,
+): Call<A, R> {
+  const { cif, block, result, fill, read } = frameOf(symbol, returns, kinds);
+  const call = (...args: unknown[]): unknown => {
+    fill(args);
     depth++;
     try {
       bindings.ffi_call(cif, fn, result, block);
@@ -224,11 +255,35 @@ function prepare<const A extends readonly ArgumentKind[], R extends ResultKind>(
       depth--;
       held[0] = args;
     }
-    const value = readResult();
+    const value = read();
     if (thrown !== undefined) settle();
     return value;
   };
   return call as unknown as Call<A, R>;
+}
+
+// What threads are at work with, until they are done.
+const underway = new Set<object>();
+
+function prepareOnThread<const A extends readonly ArgumentKind[], R extends ResultKind>(
+  fn: Buffer,
+  symbol: string,
+  returns: R,
+  kinds: A,
+): ThreadCall<A, R> {
+  const call = (...args: unknown[]): Promise<unknown> =>
+    new Promise((resolve, reject) => {
+      const frame = frameOf(symbol, returns, kinds);
+      frame.fill(args);
+      const kept = { frame, fn, args };
+      underway.add(kept);
+      bindings.ffi_call_async(frame.cif, fn, frame.result, frame.block, (error) => {
+        underway.delete(kept);
+        if (error === null) resolve(frame.read());
+        else reject(new Error(`${symbol}() could not be called: ${error}`));
+      });
+    });
+  return call as unknown as ThreadCall<A, R>;
 }
 
 /** An open shared library. It stays loaded for the life of the process. */
@@ -244,6 +299,15 @@ export interface Library {
     returns: R,
     args: A,
   ): Call<A, R>;
+  /**
+   * A call of `symbol` that runs on another thread. errno is that thread's, and lost. What C does with the memory it is
+   * given must not be done from here meanwhile, and it must call nothing of ours back.
+   */
+  prepareOnThread<const A extends readonly ArgumentKind[], R extends ResultKind>(
+    symbol: string,
+    returns: R,
+    args: A,
+  ): ThreadCall<A, R>;
 }
 
 /** Opens a shared library by soname (`libc.so.6`), or the process itself (`null`: Node's own exports, libuv). */
@@ -269,6 +333,7 @@ export function openLibrary(name: string | null): Library {
     },
     addressOf: (symbol) => ref.address(find(symbol)),
     prepare: (symbol, returns, args) => prepare(find(symbol), symbol, returns, args),
+    prepareOnThread: (symbol, returns, args) => prepareOnThread(find(symbol), symbol, returns, args),
   };
 }
 

@@ -20,6 +20,7 @@ const library = openLibrary("libbpf.so.1");
 export const bpf = {
   objectOpen: library.prepare("bpf_object__open_mem", "pointer", ["pointer", "size", "pointer"]),
   objectLoad: library.prepare("bpf_object__load", "int", ["pointer"]),
+  objectLoadOnThread: library.prepareOnThread("bpf_object__load", "int", ["pointer"]),
   objectClose: library.prepare("bpf_object__close", "void", ["pointer"]),
   objectNextMap: library.prepare("bpf_object__next_map", "pointer", ["pointer", "pointer"]),
   objectNextProgram: library.prepare("bpf_object__next_program", "pointer", ["pointer", "pointer"]),
@@ -220,17 +221,44 @@ export function recording<T>(record: (level: LogLevel, message: string) => void,
   }
 }
 
+// Whether libbpf is to be silent, and how many threads run it: it must not print through us from one of them.
+let silent = false;
+let threads = 0;
+
+function choosePrint(): void {
+  bpf.setPrint(silent || threads > 0 ? null : print);
+}
+
 /**
  * Runs `body` with libbpf silent, unless somebody listens: it has hundreds of lines to say for nobody, and each comes by
  * a callback, which costs more than what it tells of.
  */
 export function silently<T>(body: () => T): T {
   if (listener !== undefined) return body();
-  bpf.setPrint(null);
+  silent = true;
+  choosePrint();
   try {
     return body();
   } finally {
-    bpf.setPrint(print);
+    silent = false;
+    choosePrint();
+  }
+}
+
+/** Whether somebody listens to what libbpf prints. */
+export function isListening(): boolean {
+  return listener !== undefined;
+}
+
+/** Waits for libbpf on another thread. What it prints meanwhile, there or here, nobody hears. */
+export async function onThread<T>(call: () => Promise<T>): Promise<T> {
+  threads += 1;
+  choosePrint();
+  try {
+    return await call();
+  } finally {
+    threads -= 1;
+    choosePrint();
   }
 }
 

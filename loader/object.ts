@@ -13,7 +13,9 @@ import {
   bpf,
   check,
   failure,
+  isListening,
   LibbpfError,
+  onThread,
   openPin,
   options,
   readInfo,
@@ -98,11 +100,15 @@ export class BpfObject {
   readonly #bytes: Uint8Array;
   #btf: Btf | undefined;
   #layouts: readonly MapLayout[] | undefined;
+  /** Layouts of pinned maps by the id of their BTF, which maps of one object have in common. */
+  readonly #pinned = new Map<number, readonly MapLayout[]>();
   readonly #programs = new Map<string, number>();
   readonly #maps = new Map<string, number>();
   readonly #handed = new Map<string, { close(): void }>();
   #handle: number;
-  #state: "open" | "loaded" | "closed" = "open";
+  #state: "open" | "loading" | "loaded" | "closed" = "open";
+  /** `close()` was called while a thread was loading. */
+  #closing = false;
   #log = "";
 
   /** Use `openObject()`. */
@@ -256,6 +262,31 @@ export class BpfObject {
   }
 
   /**
+   * As `load()`, on another thread, while the event loop goes on. Until it is done only `close()` may be called, which then
+   * waits for it. Nobody hears what libbpf says meanwhile, so that the error has the errno alone: whoever wants the reasons
+   * opens the object again and calls `load()`. If somebody listens to libbpf, it is loaded at once.
+   * @throws LibbpfError also if it was closed meanwhile.
+   */
+  async loadOnThread(): Promise<void> {
+    this.#require("open");
+    if (isListening()) {
+      this.load();
+      return;
+    }
+    this.#state = "loading";
+    let result: number;
+    try {
+      result = await onThread(() => bpf.objectLoadOnThread(this.#handle));
+    } finally {
+      this.#state = "loaded";
+    }
+    if (result >= 0 && !this.#closing) return;
+    this.close();
+    if (result < 0) throw failure("bpf_object__load", -result, `load object ${this.name}`);
+    this.#require("loaded");
+  }
+
+  /**
    * Copies what the map pinned at `path` holds into a map of the loaded object, field by field by name: for a
    * map that `reuseMap` refused. Elements that are there already stay. Returns how many were copied; 0 if
    * nothing is pinned there, or if one of the two has no BTF, or values that differ by processor.
@@ -313,9 +344,16 @@ export class BpfObject {
     return this.#hand(`map ${name}`, () => new BpfMap(fd, name, false));
   }
 
-  /** Lets go of everything. Programs that are attached and maps that are pinned stay in the kernel. */
+  /**
+   * Lets go of everything, if a thread is loading it when that is done. Programs that are attached and maps that are pinned
+   * stay in the kernel.
+   */
   close(): void {
     if (this.#state === "closed") return;
+    if (this.#state === "loading") {
+      this.#closing = true;
+      return;
+    }
     this.#state = "closed";
     for (const handed of this.#handed.values()) handed.close();
     bpf.objectClose(this.#handle);
@@ -334,6 +372,7 @@ export class BpfObject {
     if (this.#state === state) return;
     const why = {
       open: `Object ${this.name} is not loaded yet; call load() first.`,
+      loading: `Object ${this.name} is being loaded; wait for that.`,
       loaded: `Object ${this.name} is loaded already; this must be set before load().`,
       closed: `Object ${this.name} is closed; open it again.`,
     };
@@ -368,6 +407,15 @@ export class BpfObject {
     return this.#layouts.find(({ name }) => name === map);
   }
 
+  #pinnedLayouts(btfId: number): readonly MapLayout[] {
+    let layouts = this.#pinned.get(btfId);
+    if (layouts === undefined) {
+      layouts = pinnedLayouts(btfId);
+      this.#pinned.set(btfId, layouts);
+    }
+    return layouts;
+  }
+
   #compare(map: string, handle: number, fd: number): string[] {
     const pinned = mapInfo({ fd });
     const differences: string[] = [];
@@ -383,7 +431,7 @@ export class BpfObject {
     differ("max_entries", pinned.maxEntries, type === RINGBUF ? ringSize(entries) : entries);
     differ("flags", pinned.flags, bpf.mapFlags(handle));
     if (differences.length > 0) return differences;
-    const have = pinnedLayout(pinned.btfId, map);
+    const have = this.#pinnedLayouts(pinned.btfId).find(({ name }) => name === map);
     const want = this.#mapLayout(map);
     if (have !== undefined && want !== undefined) {
       compareLayouts("key", have.key, want.key, differences);
@@ -446,9 +494,12 @@ function layoutsOf(read: () => Btf): readonly MapLayout[] {
   }
 }
 
+function pinnedLayouts(btfId: number): readonly MapLayout[] {
+  return btfId === 0 ? [] : layoutsOf(() => readBtf(kernelBtf(btfId)));
+}
+
 function pinnedLayout(btfId: number, map: string): MapLayout | undefined {
-  if (btfId === 0) return undefined;
-  return layoutsOf(() => readBtf(kernelBtf(btfId))).find(({ name }) => name === map);
+  return pinnedLayouts(btfId).find(({ name }) => name === map);
 }
 
 /** The layout of a map in the kernel by its own BTF; undefined if it has none. `name` is the full one, of the source. */

@@ -10,7 +10,7 @@
  * tried again with growing pauses, and is listed in the status; nothing else waits for it. Nothing is written
  * before the first full snapshot, and silence of the store changes nothing.
  */
-import { Attempts, RoundFailure } from "./agent/attempts.ts";
+import { Attempts, RoundFailure, reasonOf } from "./agent/attempts.ts";
 import { Chore, type Steps } from "./agent/chore.ts";
 import { Commands } from "./agent/commands.ts";
 import { type Overlay, TunnelDevice } from "./agent/device.ts";
@@ -54,6 +54,7 @@ import {
   type NeighbourRow,
   neighbourKey,
   type PeerRow,
+  type ProgramConfig,
   peerKey,
   ROUTE_PROTOCOL,
   type RouteRow,
@@ -206,7 +207,14 @@ export class Agent {
   #factsText = "";
   /** Blocks that were ours under an earlier config or in a former run. */
   readonly #formerBlocks: Prefix[] = [];
+  /** What the programs loaded last were loaded with. */
   #configText = "";
+  /** What programs are being loaded with. */
+  #loadingText: string | undefined;
+  /** What could not be loaded last, and why. */
+  #refused: { readonly text: string; readonly reason: string } | undefined;
+  /** It is to be tried again. */
+  #loadDue = false;
   #pods: Pods = NO_PODS;
   #fileText: string | undefined;
   #ready = false;
@@ -609,7 +617,7 @@ export class Agent {
   #retry(): void {
     this.#cancelRetry = undefined;
     // What was refused may have been, because the kernel is not as we believe.
-    this.#retryDue = true;
+    this.#retryDue = this.#loadDue = true;
     this.#surveying.ask();
     for (const each of this.#chores) if (each.problem !== undefined) each.ask();
     this.#wake();
@@ -646,17 +654,18 @@ export class Agent {
       this.#device.ensureAddress(overlay.index, subnet, (address) => this.#wasOurs(address, facts));
     }
     this.#addressStale = false;
+    this.#loadAhead(facts);
     const isSettled = this.#commands.settle({ network: network.network, subnet, publicIp });
     const isCompiled = this.#compile(facts);
     if (isCompiled) this.#commands.wantNoOthers();
     this.#probing?.aim(probeSourceOf(facts));
-    // Loading programs takes the verifier half a second. The stack, which forwards meanwhile, need not wait for it.
+    // Loading programs takes the verifier a while. The stack, which forwards meanwhile, need not wait for it.
     const isPut = this.#putPeers();
     if (!isPut || !(isCompiled || this.#pathsMoved)) this.#wake();
     // Nothing is removed before all is known that is wanted.
     if (!isPut || !isCompiled) return;
     this.#findPods(facts);
-    this.#loadPrograms(facts);
+    if (!this.#loadPrograms(facts)) return;
     // Nothing is written that may be there already.
     if (this.#mapsUnknown && this.#readingBack.problem === undefined) return;
     if (this.#attachmentsStale) this.#attempts.attempt("attachments", () => this.#observeAttachments());
@@ -1053,17 +1062,62 @@ export class Agent {
     return { fastPath: needsStack ? "FAST_PATH_STACK" : fastPath, letIn: letsIn, direct };
   }
 
-  /** Loads programs if what they were loaded with changed; the maps are open from then on. */
-  #loadPrograms(facts: Facts): void {
-    const lengths = new Set([facts.network.subnetLength, ...this.#lengths.keys()]);
+  #configFor(facts: Facts, lengths: Iterable<number>): ProgramConfig {
     const { direct, ...judged } = this.#judgeFirewall(facts);
-    const config = configOf({ ...facts, ...judged }, [...lengths], direct);
+    return configOf({ ...facts, ...judged }, [...new Set([facts.network.subnetLength, ...lengths])], direct);
+  }
+
+  /**
+   * Begins to load the first programs while leases are read, with what those are likely to come to. If they come to
+   * something else, others are loaded after that.
+   */
+  #loadAhead(facts: Facts): void {
+    if (this.#configText !== "" || this.#loadingText !== undefined || this.#refused !== undefined) return;
+    this.#findPods(facts);
+    const lengths = new Set<number>();
+    for (const { subnet } of this.#desired.leases.values()) lengths.add(subnet.length);
+    const config = this.#configFor(facts, lengths);
+    this.#load(config, JSON.stringify(config));
+  }
+
+  /**
+   * Has programs loaded if what they were loaded with changed; the maps are open from then on. Returns whether they are
+   * loaded; if not, a round comes when they are.
+   */
+  #loadPrograms(facts: Facts): boolean {
+    const config = this.#configFor(facts, this.#lengths.keys());
     const text = JSON.stringify(config);
-    if (text === this.#configText) return;
-    this.#attempts.must("programs", () => this.#world.dataplane.load(config));
-    this.#configText = text;
-    this.#mapsUnknown = this.#activateStale = true;
-    this.#readingBack.restart();
+    const isLoading = this.#loadingText !== undefined;
+    if (!isLoading && text === this.#configText) return true;
+    const refused = text === this.#refused?.text ? this.#refused : undefined;
+    if (!isLoading && (refused === undefined || this.#loadDue)) this.#load(config, text);
+    // Until it has worked, it counts as failed.
+    if (refused !== undefined) throw this.#attempts.failure("programs", refused.reason);
+    return false;
+  }
+
+  #load(config: ProgramConfig, text: string): void {
+    this.#loadingText = text;
+    this.#loadDue = false;
+    const end = (settle: () => void): void => {
+      if (this.#stopped) return;
+      this.#loadingText = undefined;
+      settle();
+      this.#wake();
+    };
+    const loaded = (): void => {
+      this.#configText = text;
+      this.#refused = undefined;
+      this.#mapsUnknown = this.#activateStale = true;
+      this.#readingBack.restart();
+    };
+    const refused = (error: unknown): void => {
+      this.#refused = { text, reason: reasonOf(error) };
+    };
+    this.#world.dataplane.load(config).then(
+      () => end(loaded),
+      (error: unknown) => end(() => refused(error)),
+    );
   }
 
   /** Puts the programs loaded last in the place of those that run. */

@@ -219,7 +219,6 @@ async function run(settings: Settings, telemetry: Telemetry): Promise<number> {
     log.debug({ tried }, tried ? "this kernel has taken the programs before" : "trying the programs");
     dataplane = Dataplane.open({
       pinPath,
-      tried,
       attach: settings.attach,
       object,
       connections: settings.ipMasq ? settings.masqMaxConnections : 0,
@@ -233,7 +232,11 @@ async function run(settings: Settings, telemetry: Telemetry): Promise<number> {
         }
       },
     });
-    return await serve(settings, telemetry, dataplane, () => {
+    const prepared = dataplane.prepare(tried);
+    prepared.catch(() => undefined); // Whoever waits for it tells.
+    // Ports are reserved, or given back, before all else.
+    if (settings.ipMasq || readMasqueradeNote(pinPath) !== undefined) await prepared;
+    return await serve(settings, telemetry, dataplane, prepared, () => {
       if (trial === undefined || tried) return;
       try {
         writeTrialNote(pinPath, trial);
@@ -258,11 +261,15 @@ function trialOf(object: string, { ipMasq }: Settings): string | undefined {
   return `${boot} ${digest} ${ipMasq ? "masquerade" : "plain"}`;
 }
 
-/** Runs the agent until a signal or its failure ends it. `onReady` is told once that all is in force. */
+/**
+ * Runs the agent until a signal or its failure ends it; nothing is made before the dataplane is `prepared`. `onReady` is
+ * told once that all is in force.
+ */
 async function serve(
   settings: Settings,
   telemetry: Telemetry,
   dataplane: Dataplane,
+  prepared: Promise<void>,
   onReady: () => void,
 ): Promise<number> {
   const { log, metrics } = telemetry;
@@ -282,6 +289,11 @@ async function serve(
       stop(0);
     });
   }
+
+  const isPrepared = prepared.catch((error: unknown) => {
+    log.error(error instanceof Error ? error.message : String(error));
+    stop(1);
+  });
 
   const status = new StatusKeeper(settings, telemetry, dataplane.mode);
   const store = await openStore({
@@ -392,8 +404,14 @@ async function serve(
       stop(1);
     },
   );
-  status.read = () => agent.status();
-  status.readPeers = () => agent.peers();
+  // Of one that can't run here, no file is left.
+  void prepared.then(
+    () => {
+      status.read = () => agent.status();
+      status.readPeers = () => agent.peers();
+    },
+    () => undefined,
+  );
   // A series that begins with its first increment hides it from rate() and increase().
   for (const event of LEASE_REPORTS) metrics.leaseEvents.inc({ event }, 0);
   metrics.leaseTtl.set(settings.leaseTtlSeconds);
@@ -413,7 +431,12 @@ async function serve(
       : undefined;
   agent.start();
   const watching = watchUntold(dataplane, agent);
-  for await (const event of store.watch(stopping.signal)) agent.onStore(event);
+  for await (const event of store.watch(stopping.signal)) {
+    // With this one, the agent begins to make what it needs.
+    if (event.kind === "synced") await isPrepared;
+    if (stopping.signal.aborted) break;
+    agent.onStore(event);
+  }
 
   clearInterval(watching);
   agent.stop();
@@ -586,8 +609,8 @@ class StatusKeeper {
 
   /** A file of its own, as it is long where peers are many, and changes all the time. Returns how many there are. */
   #writePeers(): number {
-    if (this.#settings.peerProbeSeconds === 0) return 0;
-    const all = [...(this.readPeers?.() ?? [])];
+    if (this.#settings.peerProbeSeconds === 0 || this.readPeers === undefined) return 0;
+    const all = [...this.readPeers()];
     const some = worstFirst(all, PEERS_LISTED);
     const note: PeersNote = {
       pid: process.pid,

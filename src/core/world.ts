@@ -82,7 +82,11 @@ export interface World {
     keepSysctls(device: string | undefined): number;
   };
   readonly dataplane: {
-    load(config: ProgramConfig): void;
+    /**
+     * Loads programs beside those that run; once that is done, the maps are theirs. Rejects if it can't be done. One at a
+     * time, and nothing is activated meanwhile.
+     */
+    load(config: ProgramConfig): Promise<void>;
     activate(ifindexes: Iterable<number>): void;
     /**
      * All rows of a map, some at a time with their keys, as they are at that moment. Returns false, without all of them, if

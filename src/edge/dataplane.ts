@@ -279,30 +279,47 @@ function size(object: BpfObject, connections: number, countsPeers: boolean): voi
 }
 
 /**
- * Loads the programs once, in vain: a kernel that lacks something they need says so before a subnet is leased and
- * anything is made. What depends on the node's own constants comes when they are known.
+ * Loads what `plan` opens and prepares, on another thread. What can't be loaded is loaded once more here, as only that
+ * tells the reasons. `isWanted` says whether they are still of interest then.
  */
-function tryPrograms({ object: path, connections }: DataplaneOptions): void {
-  let object: BpfObject | undefined;
+async function loadPlanned(plan: () => BpfObject, isWanted: () => boolean): Promise<BpfObject> {
+  const object = plan();
   try {
-    object = openObject(path, { name: "twill" });
-    const nothing = configCodec.decode(new Uint8Array(configCodec.size));
-    object.setRodata({ config: configCodec.encode({ ...nothing, masquerade: connections > 0 ? 1 : 0 }) });
-    size(object, Math.min(connections, 1), false);
-    object.load();
+    await object.loadOnThread();
+    return object;
   } catch (error) {
-    // What the verifier says last of a program is why it refused it, but for a line about its own effort.
-    const lines = messageOf(error)
-      .split("\n")
-      .map((line) => line.trim())
-      .filter((line) => line !== "" && !line.startsWith("processed "));
-    const reason = lines.length > 1 ? `${lines[0]} ${lines.at(-1)}.` : `${lines[0]}`;
-    throw new DataplaneError(
-      `This kernel (Linux ${release()}) cannot run Twill's programs: ${reason} Use Linux 5.10 or newer${connections > 0 ? ", 5.15 or newer for --ip-masq" : ""}, with CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_BPF.`,
-    );
-  } finally {
-    object?.close();
+    object.close();
+    if (!isWanted()) throw error;
   }
+  const again = plan();
+  try {
+    again.load();
+    return again;
+  } catch (error) {
+    again.close();
+    throw error;
+  }
+}
+
+/** The programs, prepared to be tried: with constants that switch on what this daemon needs, and no more. */
+function openTrial({ object: path, connections }: DataplaneOptions): BpfObject {
+  const object = openObject(path, { name: "twill" });
+  const nothing = configCodec.decode(new Uint8Array(configCodec.size));
+  object.setRodata({ config: configCodec.encode({ ...nothing, masquerade: connections > 0 ? 1 : 0 }) });
+  size(object, Math.min(connections, 1), false);
+  return object;
+}
+
+function refusal(error: unknown, connections: number): DataplaneError {
+  // What the verifier says last of a program is why it refused it, but for a line about its own effort.
+  const lines = messageOf(error)
+    .split("\n")
+    .map((line) => line.trim())
+    .filter((line) => line !== "" && !line.startsWith("processed "));
+  const reason = lines.length > 1 ? `${lines[0]} ${lines.at(-1)}.` : `${lines[0]}`;
+  return new DataplaneError(
+    `This kernel (Linux ${release()}) cannot run Twill's programs: ${reason} Use Linux 5.10 or newer${connections > 0 ? ", 5.15 or newer for --ip-masq" : ""}, with CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_BPF.`,
+  );
 }
 
 /** Makes the pin path usable: mounts bpffs where the path says one should be, and makes the directory. */
@@ -349,8 +366,6 @@ export interface DataplaneOptions {
   readonly object: string;
   /** How many masqueraded connections there may be at a time; 0 without masquerade. */
   readonly connections: number;
-  /** This kernel has taken these programs before, since it started. */
-  readonly tried?: boolean;
   /** What the stack translates already when the programs come to this host for the first time. */
   readonly translated?: () => readonly Tuple[];
 }
@@ -361,7 +376,7 @@ export type Counters = HookCounts;
 export class Dataplane {
   readonly mode: AttachMode;
   readonly pinPath: string;
-  readonly #object: string;
+  readonly #options: DataplaneOptions;
   readonly #handle: number;
   readonly #connections: number;
   readonly #translated: () => readonly Tuple[];
@@ -373,6 +388,7 @@ export class Dataplane {
   #former: BpfMap | undefined;
   /** The programs loaded last are those that run. */
   #active = false;
+  #closed = false;
   /** The TCX links by what they attach, as they were seen last. */
   readonly #linkIds = new Map<string, number>();
   /** What each map held when it was read last, unless rows were written since: decoding thousands costs more than they. */
@@ -380,51 +396,94 @@ export class Dataplane {
   /** What is being read. */
   readonly #reading = new Map<MapName, Image>();
 
-  private constructor(mode: AttachMode, options: DataplaneOptions) {
+  /** Why the kernel could not be asked for TCX. */
+  readonly #problem: unknown;
+
+  private constructor(mode: AttachMode, problem: unknown, options: DataplaneOptions) {
     this.mode = mode;
+    this.#problem = problem;
     this.pinPath = options.pinPath;
-    this.#object = options.object;
+    this.#options = options;
     this.#connections = options.connections;
     this.#translated = options.translated ?? (() => []);
     this.#handle = handleOf(options.pinPath);
   }
 
-  /** Tries the kernel if need be, chooses how to attach and prepares the pin path, in this order. Throws DataplaneError. */
+  /** Chooses how to attach; `prepare` does the rest. Throws DataplaneError. */
   static open(options: DataplaneOptions): Dataplane {
     raiseMemlock();
-    if (options.tried !== true) tryPrograms(options);
-    if (options.attach === "tcx" && !hasTcx()) {
+    let isTcx = false;
+    let problem: unknown;
+    try {
+      isTcx = options.attach !== "clsact" && hasTcx();
+    } catch (error) {
+      problem = error;
+    }
+    if (options.attach === "tcx" && !isTcx && problem === undefined) {
       throw new DataplaneError(
         "This kernel has no TCX (Linux 6.6 on). Use --attach=auto or --attach=clsact.",
       );
     }
-    const mode = options.attach === "auto" ? (hasTcx() ? "tcx" : "clsact") : options.attach;
-    preparePinPath(options.pinPath);
-    return new Dataplane(mode, options);
+    const mode = options.attach === "auto" ? (isTcx ? "tcx" : "clsact") : options.attach;
+    return new Dataplane(mode, problem, options);
+  }
+
+  /**
+   * Prepares the pin path. Before that it loads the programs once, in vain, unless this kernel has taken them before: one
+   * that lacks something they need says so before a subnet is leased and anything is made. What depends on the node's own
+   * constants comes when they are known. Rejects with a DataplaneError, or why the kernel could not be asked for TCX.
+   */
+  async prepare(isTried: boolean): Promise<void> {
+    if (!isTried) await this.#try();
+    // If it is no matter of what our programs need, which would say more.
+    if (this.#problem !== undefined) throw this.#problem;
+    if (!this.#closed) preparePinPath(this.pinPath);
+  }
+
+  async #try(): Promise<void> {
+    try {
+      const object = await loadPlanned(
+        () => openTrial(this.#options),
+        () => !this.#closed,
+      );
+      object.close();
+    } catch (error) {
+      throw refusal(error, this.#connections);
+    }
   }
 
   /**
    * Loads programs with these constants beside those that run, on the maps that are pinned. A map of another
-   * layout is made anew; `activate` puts it in the old one's place. Throws VerifierError and LibbpfError.
+   * layout is made anew; `activate` puts it in the old one's place. Until it is done, which takes the verifier a while,
+   * all else is as before; nothing may be loaded or activated meanwhile. Rejects with VerifierError and LibbpfError.
    */
-  load(config: ProgramConfig): void {
-    const object = openObject(this.#object, { name: "twill" });
-    object.setRodata({
-      config: configCodec.encode({
-        ...config,
-        vtep_mac: macBytes(config.vtep_mac),
-        subnet_lengths: [...config.subnet_lengths, 0, 0, 0, 0].slice(0, 4),
-      }),
-    });
-    this.#countsPeers = config.count_peers !== 0;
-    size(object, this.#connections, this.#countsPeers);
+  async load(config: ProgramConfig): Promise<void> {
+    const countsPeers = config.count_peers !== 0;
     // Those of connections belong together: with one of them, all are made anew.
-    const fits = (name: string): boolean => object.fitsMap(name, join(this.pinPath, name));
-    const keeps = CONNECTION_MAPS.every(fits);
-    const kept = MAP_NAMES.filter((name) => (CONNECTION_MAPS.includes(name) ? keeps : fits(name)));
-    for (const name of kept) object.reuseMap(name, join(this.pinPath, name));
-    const fresh = MAP_NAMES.filter((name) => !kept.includes(name));
-    object.load();
+    let keeps = false;
+    let fresh: string[] = [];
+    const plan = (): BpfObject => {
+      const object = openObject(this.#options.object, { name: "twill" });
+      object.setRodata({
+        config: configCodec.encode({
+          ...config,
+          vtep_mac: macBytes(config.vtep_mac),
+          subnet_lengths: [...config.subnet_lengths, 0, 0, 0, 0].slice(0, 4),
+        }),
+      });
+      size(object, this.#connections, countsPeers);
+      const fits = (name: string): boolean => object.fitsMap(name, join(this.pinPath, name));
+      keeps = CONNECTION_MAPS.every(fits);
+      const kept = MAP_NAMES.filter((name) => (CONNECTION_MAPS.includes(name) ? keeps : fits(name)));
+      for (const name of kept) object.reuseMap(name, join(this.pinPath, name));
+      fresh = MAP_NAMES.filter((name) => !kept.includes(name));
+      return object;
+    };
+    const object = await loadPlanned(plan, () => !this.#closed);
+    if (this.#closed) {
+      object.close();
+      return;
+    }
     this.#former?.close();
     this.#former = undefined;
     const former = join(this.pinPath, "connections4");
@@ -434,6 +493,7 @@ export class Dataplane {
     }
     this.#loaded?.close();
     this.#loaded = object;
+    this.#countsPeers = countsPeers;
     this.#fresh = fresh;
     this.#active = false;
     this.#subnet = { address: config.subnet4, mask: config.subnet4_mask };
@@ -732,10 +792,15 @@ export class Dataplane {
     return sum;
   }
 
-  /** Lets go of the programs and maps; attached and pinned they go on. A pin path without pins is removed. */
+  /**
+   * Lets go of the programs and maps, of those being loaded when they are; attached and pinned they go on. A pin path
+   * without pins is removed.
+   */
   close(): void {
+    this.#closed = true;
     this.#loaded?.close();
     this.#loaded = undefined;
+    if (!existsSync(this.pinPath)) return;
     if (readdirSync(this.pinPath).some((name) => !DIRECTORIES.includes(name))) return;
     const places = DIRECTORIES.map((name) => join(this.pinPath, name));
     if (places.some((place) => readdirSync(place).length > 0)) return;

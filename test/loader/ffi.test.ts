@@ -124,6 +124,35 @@ describe("prepared calls", () => {
   });
 });
 
+describe("calls on a thread", () => {
+  it("run beside the event loop, several at a time, each with what it was given", async () => {
+    const usleep = libc.prepareOnThread("usleep", "int", ["uint"]);
+    const order: string[] = [];
+    const slow = usleep(50_000).then(() => order.push("slow"));
+    const turn = new Promise((resolve) => setImmediate(resolve)).then(() => order.push("loop"));
+    await Promise.all([slow, turn]);
+    expect(order).toEqual(["loop", "slow"]);
+    const strtoul = libc.prepareOnThread("strtoul", "u64", ["string", "pointer", "int"]);
+    const texts = Array.from({ length: 20 }, (_, i) => `${2n ** 60n + BigInt(i)}`);
+    expect((await Promise.all(texts.map((text) => strtoul(text, null, 10)))).map(String)).toEqual(texts);
+  });
+
+  it("keep what they were given until they are done", async () => {
+    const gc = (globalThis as { gc?: () => void }).gc;
+    const memcpy = libc.prepareOnThread("memcpy", "pointer", ["pointer", "pointer", "size"]);
+    const target = Buffer.alloc(1 << 20);
+    const copies = Array.from({ length: 8 }, (_, i) => memcpy(target, Buffer.alloc(1 << 20, i + 1), 1 << 20));
+    gc?.();
+    await Promise.all(copies);
+    expect(target.every((byte) => byte >= 1 && byte <= 8)).toBe(true);
+  });
+
+  it("refuse what a call here refuses", async () => {
+    const abs = libc.prepareOnThread("abs", "int", ["int"]);
+    await expect((abs as (...args: unknown[]) => Promise<unknown>)()).rejects.toThrow("takes 1 arguments");
+  });
+});
+
 describe("callbacks", () => {
   const sort = libc.prepare("qsort", "void", ["pointer", "size", "size", "pointer"]);
 

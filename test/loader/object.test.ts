@@ -180,6 +180,59 @@ describe("an object", () => {
     expect(() => object.load()).toThrow(/closed/);
   });
 
+  it("loads on another thread, while others work with libbpf here", async () => {
+    const [first, second] = [openSample(), openSample()];
+    first.setRodata({ verdict: 7 });
+    const loading = [first.loadOnThread(), second.loadOnThread()];
+    expect(() => first.map("peers")).toThrow(/being loaded/);
+    expect(() => first.load()).toThrow(/being loaded/);
+    await expect(first.loadOnThread()).rejects.toThrow(/being loaded/);
+    // These print through us, which must not happen from a thread.
+    for (let i = 0; i < 5; i++) load().close();
+    await Promise.all(loading);
+    expect(first.program("classify").testRun({ data: frame() }).retval).toBe(7);
+    second.map("peers").update(words(1), words(2, 3));
+    // What libbpf says is heard again.
+    const object = openSample();
+    object.setMaxEntries("peers", 0xffffffff);
+    expect(() => object.load()).toThrow(/libbpf: .*peers/);
+  });
+
+  it("says that a load on another thread failed, and why only where it is loaded again", async () => {
+    const bad = build(
+      "bad-thread",
+      `SEC("tc") int reckless(struct __sk_buff *skb) { int *p = (int *)(long)skb->data; return *p; }`,
+    );
+    const object = openSample(bad);
+    await expect(object.loadOnThread()).rejects.toThrow(/Cannot load object bad-thread: .*EACCES/);
+    expect(() => object.load()).toThrow(/closed/);
+    expect(() => load(bad)).toThrow(VerifierError);
+  });
+
+  it("may be closed while a thread loads it", async () => {
+    const before = [...mapIds()].length;
+    const object = openSample();
+    const loading = object.loadOnThread();
+    object.close();
+    object.close();
+    await expect(loading).rejects.toThrow(/closed/);
+    expect(() => object.map("peers")).toThrow(/closed/);
+    await expect.poll(() => [...mapIds()].length).toBeLessThanOrEqual(before);
+  });
+
+  it("is loaded here if somebody listens to libbpf", async () => {
+    const heard: string[] = [];
+    setLibbpfLog((_, message) => heard.push(message));
+    try {
+      const object = openSample();
+      await object.loadOnThread();
+      expect(object.program("classify").testRun({ data: frame() }).retval).toBe(1);
+    } finally {
+      setLibbpfLog(undefined);
+    }
+    expect(heard.length).toBeGreaterThan(0);
+  });
+
   it("keeps the verifier's account of good programs when asked", () => {
     const object = openSample();
     object.load({ verbose: true });

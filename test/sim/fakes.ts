@@ -832,6 +832,8 @@ export class FakeDataplane {
   /** Rows written and removed, by map, since the story last looked. */
   readonly writes: { readonly map: string; readonly key: string; readonly gone: boolean }[] = [];
   refuse: (call: DataplaneCall) => boolean = () => false;
+  /** Programs that are being loaded: what ends that. */
+  readonly loads: (() => void)[] = [];
   onWrite: (map: string, key: string, gone: boolean) => void = () => undefined;
   onRead: (map: string) => void = () => undefined;
   private readonly kernel: FakeKernel;
@@ -883,10 +885,18 @@ export class FakeDataplane {
       return this.refuse(call) ? rows >> 1 : rows;
     };
     return {
-      load: (config) => {
-        check("load");
-        loaded = JSON.stringify(config);
-      },
+      load: (config) =>
+        new Promise((resolve, reject) => {
+          this.loads.push(() => {
+            try {
+              check("load");
+              loaded = JSON.stringify(config);
+              resolve();
+            } catch (error) {
+              reject(error);
+            }
+          });
+        }),
       activate: () => {
         check("activate");
         this.active = loaded ?? "";
@@ -1178,8 +1188,9 @@ export class World {
       let any = false;
       for (const node of this.nodes) any = node.deliver() || any;
       let asked = false;
-      for (const { client, running } of this.nodes) {
-        for (const request of [...client.requests.splice(0), ...running.splice(0)]) {
+      for (const { client, running, dataplane } of this.nodes) {
+        const { requests } = client;
+        for (const request of [...requests.splice(0), ...running.splice(0), ...dataplane.loads.splice(0)]) {
           request();
           asked = true;
         }
