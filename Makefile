@@ -67,11 +67,14 @@ node_modules/.installed: package.json package-lock.json .deps-$(shell id -u)
 	npm ci --no-audit --no-fund --loglevel=error
 	touch $@
 
-build: dist/.built dist/bpf/twill.bpf.o ## the control plane and the programs, into dist/
+build: dist/.built dist/bundle/twilld.cjs.cache dist/bpf/twill.bpf.o ## the control plane and the programs, into dist/
 
 dist/.built: node_modules/.installed tsconfig.json tsconfig.build.json $(TS_SOURCES)
 	@npx --no-install tsc -p tsconfig.build.json
 	touch $@
+
+dist/bundle/twilld.cjs.cache: dist/.built bundle.js bin/start.js
+	@node bundle.js
 
 dist/bpf/twill.bpf.o: dist/.built $(BPF_SOURCES)
 	@mkdir -p dist/bpf

@@ -185,7 +185,7 @@ async function main(): Promise<void> {
   await store.create("config", JSON.stringify(CONFIG), 86_400);
   const empty = await readEtcd(etcdPid);
   const nodes = new Worker<NodesOrder, NodesReading>("fleet-nodes.js", ["--max-old-space-size=12000"], fail);
-  // As bin/twilld sets V8.
+  // As bin/start.js sets V8.
   const agent = new Worker<AgentOrder, AgentReading>(
     "fleet-agent.js",
     ["--semi-space-growth-factor=1", "--optimize-for-size"],

@@ -798,4 +798,7 @@ function* take<T>(from: Iterable<T>, most: number): Generator<T> {
 
 // Which parts of Node a package uses is nothing that a reader of our log could change.
 (process as { noDeprecation?: boolean }).noDeprecation = true;
-process.exitCode = await main();
+// No top-level await: in a bundle this is a CommonJS module.
+main().then((code) => {
+  process.exitCode = code;
+});

@@ -2,8 +2,7 @@
  * The calls of etcd v3 that we make, over gRPC: one connection to one member, without retries, which are the store's.
  * Failures are gRPC's own, as `1 NAME: what etcd said`.
  */
-import { createRequire } from "node:module";
-import type { ChannelOptions, ClientDuplexStream, Client as GrpcClient } from "@grpc/grpc-js";
+import grpc, { type ChannelOptions, type ClientDuplexStream, type Client as GrpcClient } from "@grpc/grpc-js";
 import {
   AUTHENTICATE_REQUEST,
   AUTHENTICATE_RESPONSE,
@@ -28,10 +27,6 @@ import {
   type WatchRequest,
   type WatchResponse,
 } from "./etcd-codec.ts";
-
-// Imported, Node would read each file of this package twice, the first time for the names that it exports.
-const require = createRequire(import.meta.url);
-const grpc = require("@grpc/grpc-js") as typeof import("@grpc/grpc-js");
 
 /** PEM; the key and the certificate only together. */
 export interface Credentials {

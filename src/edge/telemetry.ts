@@ -11,14 +11,8 @@
 import { once } from "node:events";
 import { readdirSync, readFileSync, writeSync } from "node:fs";
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
-import { createRequire } from "node:module";
-import type { DestinationStream, Logger } from "pino";
-import type { Counter, Gauge, Histogram, Registry } from "prom-client";
-
-// Imported, Node would read each file of these packages twice, the first time for the names that it exports.
-const require = createRequire(import.meta.url);
-const { pino } = require("pino") as typeof import("pino");
-const prom = require("prom-client") as typeof import("prom-client");
+import { type DestinationStream, type Logger, pino } from "pino";
+import prom, { type Counter, type Gauge, type Histogram, type Registry } from "prom-client";
 
 export type LogFormat = "text" | "json";
 export type LogLevel = "trace" | "debug" | "info" | "warn" | "error" | "fatal";

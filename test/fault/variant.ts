@@ -11,7 +11,8 @@ import { exec, repository } from "../lab.ts";
 export async function buildVariant(directory: string): Promise<string> {
   const root = join(directory, "variant");
   mkdirSync(join(root, "dist/bpf"), { recursive: true });
-  for (const name of ["bin", "bpf", "src", "loader", "package.json", "tsconfig.json", "tsconfig.build.json"])
+  const names = ["bin", "bpf", "src", "loader", "bundle.js"];
+  for (const name of [...names, "package.json", "tsconfig.json", "tsconfig.build.json"])
     cpSync(join(repository, name), join(root, name), { recursive: true });
   symlinkSync(join(repository, "node_modules"), join(root, "node_modules"));
   const header = join(root, "bpf/abi.h");
@@ -36,5 +37,6 @@ export async function buildVariant(directory: string): Promise<string> {
   await exec([join(repository, "node_modules/.bin/tsc"), "-p", join(root, "tsconfig.build.json")], {
     timeout: 120_000,
   });
+  await exec([process.execPath, "bundle.js"], { cwd: root, timeout: 120_000 });
   return join(root, "bin/twilld");
 }
