@@ -13,7 +13,7 @@ import { compile } from "../../loader/index.ts";
 import { readTrialNote, removeRundir, writeTrialNote } from "../../src/edge/rundir.ts";
 import { createLab, type Etcd, type Host, type Lab, type Ping, type Pod, repository, until } from "../lab.ts";
 import { Streams } from "../streams.ts";
-import { startTwilld, type Twilld, twill } from "../twilld.ts";
+import { spawnTwilld, startTwilld, type Twilld, twill, twilldFlags } from "../twilld.ts";
 
 const MODES = ["tcx", "clsact"] as const;
 type Mode = (typeof MODES)[number];
@@ -485,6 +485,21 @@ test("programs that this kernel has taken are not tried again, neither by a rest
   writeTrialNote(a.host.pinPath, `${readTrialNote(a.host.pinPath)} of another kernel`);
   expect([await start("--ip-masq"), await start("--ip-masq")]).toEqual([true, false]);
 });
+
+test.each([/connected to etcd/, /using this interface/, /phase.*forwarding/])(
+  "stopped when it says %s, while programs are loaded beside, it ends as ever, and leaves nothing in the way",
+  async (moment) => {
+    const { etcd, a } = await cluster();
+    const flags = [...twilldFlags(a.host, etcd), "--v=1"];
+    for (const signal of ["SIGTERM", "SIGKILL"] as const) {
+      const twilld = spawnTwilld(a.host, flags);
+      await twilld.says(moment);
+      const { code } = await twilld.stop(signal);
+      expect(code).toBe(signal === "SIGTERM" ? 0 : null);
+    }
+    await startTwilld(a.host, { etcd });
+  },
+);
 
 test("the way of attaching can change between two runs, under traffic", async () => {
   const { etcd, a, b } = await cluster();
