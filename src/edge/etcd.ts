@@ -424,14 +424,11 @@ class EtcdStore implements Store {
       feed.check();
       this.#report({ connected: true, endpoint });
       let handed = 0;
-      const turn = async (): Promise<void> => {
-        handed += 1;
-        if (handed % RECORDS_PER_TURN === 0) await new Promise((resolve) => setImmediate(resolve));
-      };
+      const isTurnOver = (): boolean => ++handed % RECORDS_PER_TURN === 0;
       yield { kind: "reset" };
       for (const record of snapshot.records) {
         if (concernsUs(record.key)) yield { kind: "put", ...record };
-        await turn();
+        if (isTurnOver()) await nextTurn();
       }
       yield { kind: "synced", revision: snapshot.revision };
 
@@ -452,7 +449,7 @@ class EtcdStore implements Store {
           if (record === undefined || !concernsUs(record.key)) continue;
           if (type === EVENT_DELETE) yield { kind: "delete", key: record.key, revision };
           else yield { kind: "put", ...record };
-          await turn();
+          if (isTurnOver()) await nextTurn();
         }
       }
     } finally {
@@ -885,6 +882,11 @@ function messageOf(error: unknown): string {
     .replace(/ ?\(?\d{4}-\d\d-\d\dT[\d:.]+Z\)?/g, "")
     .replace(/\. Resolution note: .*$/s, "")
     .trim();
+}
+
+/** Lets the event loop do what else there is. */
+function nextTurn(): Promise<void> {
+  return new Promise((resolve) => setImmediate(resolve));
 }
 
 /** A signal that aborts with either of two; `release` ends its hold on them (Node 20's `any` keeps it). */
