@@ -75,8 +75,11 @@ export class Probing {
     this.#prober ??= this.#tryOpen(this.#source);
     const prober = this.#prober;
     this.#schedule(prober === undefined ? REOPEN_MS : this.peers.pauseMs(this.#world.random()));
-    const peer = prober === undefined ? undefined : this.peers.next();
-    if (prober !== undefined && peer !== undefined) void this.#ask(prober, peer);
+    if (prober === undefined) return;
+    for (let left = this.peers.together; left > 0; left -= 1) {
+      const peer = this.peers.next();
+      if (peer !== undefined) void this.#ask(prober, peer);
+    }
   }
 
   #tryOpen(source: Ipv4): Prober | undefined {

@@ -4,7 +4,8 @@
  * Every peer is asked once in a period, and never are more than PROBES_PER_SECOND asked in a second, however many
  * there are: with 10,000 of them and a period of 10 s, each is asked every 200 s. Those that did not answer the last
  * time have every other turn, so that a peer that is gone is known sooner, and one that is back as well. A peer that
- * is asked and has neither answered nor let its time pass is not asked again.
+ * is asked and has neither answered nor let its time pass is not asked again. Where turns would follow one another fast,
+ * several peers have theirs together: waking up costs more than a question.
  */
 import { kindOf } from "./backends.ts";
 import type { Facts } from "./image.ts";
@@ -13,6 +14,8 @@ import type { Lease } from "./model.ts";
 
 /** Over all peers. An echo and its answer in the tunnel are some 300 bytes on the wire: 15 kB/s at most. */
 export const PROBES_PER_SECOND = 50;
+/** Turns that would come within this time are taken together. */
+const TOGETHER_MS = 200;
 /** An answer that comes later is none. */
 export const PROBE_DEADLINE_MS = 1000;
 /** Answers that must be missing in a row. */
@@ -124,11 +127,23 @@ export class PeerProbes {
     this.#counts[entry.state] -= 1;
   }
 
-  /** Milliseconds until the next turn; `random`, in [0, 1), keeps nodes that started together from asking together. */
+  /** How many turns are to be taken together. */
+  get together(): number {
+    return Math.max(1, Math.floor(TOGETHER_MS / this.#evenMs));
+  }
+
+  /**
+   * Milliseconds until `together` turns are to be taken again; `random`, in [0, 1), keeps nodes that started together from
+   * asking together.
+   */
   pauseMs(random: number): number {
+    return this.#evenMs * this.together * (0.5 + random);
+  }
+
+  /** Between two turns, if they were taken one by one and evenly. */
+  get #evenMs(): number {
     const turns = this.#all.members.size + this.#missing.members.size;
-    const even = Math.max(this.#periodMs / Math.max(1, turns), 1000 / PROBES_PER_SECOND);
-    return even * (0.5 + random);
+    return Math.max(this.#periodMs / Math.max(1, turns), 1000 / PROBES_PER_SECOND);
   }
 
   /** Whom to ask now; undefined if nobody. Each is to be followed by `answered` or `lost` of the same peer. */

@@ -20,6 +20,9 @@ function ask(probes: PeerProbes): PeerHealth {
   return asked;
 }
 
+/** Turns a second, on average. */
+const rate = (probes: PeerProbes): number => (1000 * probes.together) / probes.pauseMs(0.5);
+
 const healthOf = (probes: PeerProbes, key: string): PeerHealth | undefined =>
   [...probes.peers()].find((each) => each.key === key);
 
@@ -38,15 +41,24 @@ describe("whose turn it is", () => {
   test("the rate has an upper limit, whatever the number of peers", () => {
     // On average of the jitter, which is 0.5 to 1.5.
     expect(probesOf(2).pauseMs(0.5)).toBe(5000);
-    expect(probesOf(10_000).pauseMs(0.5)).toBe(1000 / PROBES_PER_SECOND);
-    expect(probesOf(60_000, 1000).pauseMs(0.5)).toBe(1000 / PROBES_PER_SECOND);
+    expect(rate(probesOf(10_000))).toBeCloseTo(PROBES_PER_SECOND);
+    expect(rate(probesOf(60_000, 1000))).toBeCloseTo(PROBES_PER_SECOND);
     expect(probesOf(2).pauseMs(0)).toBe(2500);
     expect(probesOf(2).pauseMs(0.999999)).toBeCloseTo(7500, 0);
     expect(probesOf(0).pauseMs(0.5)).toBe(10_000);
     // Nor does it rise without limit when no peer answers.
     const probes = probesOf(10_000);
     for (let n = 0; n < 10_000; n++) probes.lost(ask(probes), "no answer");
-    expect(probes.pauseMs(0.5)).toBe(1000 / PROBES_PER_SECOND);
+    expect(rate(probes)).toBeCloseTo(PROBES_PER_SECOND);
+  });
+
+  test("of many peers, some are asked together, so that we wake up a few times a second", () => {
+    expect(probesOf(2).together).toBe(1);
+    expect(probesOf(100).together).toBe(2);
+    for (const count of [60, 130, 400, 10_000]) {
+      expect(probesOf(count).pauseMs(0.5)).toBeGreaterThan(100);
+      expect(rate(probesOf(count))).toBeCloseTo(Math.min(PROBES_PER_SECOND, count / 10));
+    }
   });
 
   test("a peer that did not answer has every other turn, and only one question at a time is open", () => {
