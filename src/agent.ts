@@ -154,9 +154,11 @@ const HOLD_MS = 5_000;
 const REFUSED_MS = 500;
 /**
  * A resync reads the kernel's tables, of whose changes we are told anyway, only as often as that takes no more than this
- * share of the time: with some ten thousand peers every few minutes. The maps are read back each time.
+ * share of the time: with a few peers every other time, with some ten thousand as rarely as at all, every ten minutes. The
+ * maps are read back each time.
  */
-const SURVEY_SHARE = 1 / 1000;
+const SURVEY_SHARE = 1 / 4000;
+const SURVEY_AT_LEAST_MS = 600_000;
 /** What the rest builds on, and what there may be as many rows of as peers, which matters only once facts are known. */
 const BASE_TABLES: readonly HostTable[] = ["link", "address", "route"];
 const ALL_TABLES: readonly HostTable[] = [...BASE_TABLES, "neighbour", "fdb"];
@@ -318,9 +320,10 @@ export class Agent {
     this.#renewing = chore(
       "route look-up",
       () => this.#renewPaths(),
-      () => {
+      (ms) => {
         this.#pathsMoved = false;
         this.#waysStale = true;
+        this.#putOffSurvey(this.#nextSurvey, ms);
       },
     );
     const { openProber } = world;
@@ -728,7 +731,7 @@ export class Agent {
     if (this.#base === undefined || this.#baseStale || this.#base.network !== network) {
       this.#base = undefined;
       const uplink = this.#findUplink(network);
-      const overlay = this.#device.ensure(network, uplink, this.#publishedMac(uplink.publicIp));
+      const overlay = this.#device.ensure(network, uplink, () => this.#publishedMac(uplink.publicIp));
       const device = kindOf(network.backend).device?.name;
       this.#attempts.attempt("sysctls", () => {
         this.#drifted({ name: "sysctls" }, this.#world.kernel.keepSysctls(device));
@@ -750,11 +753,16 @@ export class Agent {
 
   #surveyed(ms: number): void {
     this.#isMirrored = true;
-    this.#nextSurvey = this.#world.clock.now() + ms / SURVEY_SHARE;
+    this.#putOffSurvey(this.#world.clock.now(), ms);
     this.#baseStale = this.#tidyStale = true;
     // Of rules that choose among routing tables nobody tells.
     this.#renewing.ask();
     this.#retryTables();
+  }
+
+  /** After something that took so long, for what is to be done again with the tables. */
+  #putOffSurvey(from: number, ms: number): void {
+    this.#nextSurvey = Math.min(from + ms / SURVEY_SHARE, this.#world.clock.now() + SURVEY_AT_LEAST_MS);
   }
 
   #retryTables(): void {

@@ -47,9 +47,9 @@ export class TunnelDevice {
 
   /**
    * Sees to the device that the config asks for: taken over if it is right, made anew with the same MAC if not. A
-   * first one gets `publishedMac`, under which peers know us already, if there is one. Throws RoundFailure.
+   * first one gets the MAC that `publishedMac` finds, under which peers know us already, if there is one. Throws RoundFailure.
    */
-  ensure(network: Network, uplink: Uplink, publishedMac: Mac | undefined): Overlay | undefined {
+  ensure(network: Network, uplink: Uplink, publishedMac: () => Mac | undefined): Overlay | undefined {
     const kind = kindOf(network.backend);
     if (kind.device === undefined) return undefined;
     const { name, source, asksForNeighbours, create, fits } = kind.device;
@@ -68,7 +68,7 @@ export class TunnelDevice {
       link = undefined;
     }
     if (link === undefined) {
-      this.#vtepMac ??= publishedMac ?? this.#randomMac();
+      this.#vtepMac ??= publishedMac() ?? this.#randomMac();
       this.#make(name, create({ parentIndex, localIp, mtu, mac: this.#vtepMac }));
       this.#reread(name);
       link = this.#host.linkNamed(name);
