@@ -44,6 +44,7 @@ import {
   RESERVED_PORTS,
   readCapabilities,
   readSysctl,
+  touchFile,
   writeFileAtomically,
   writeSysctl,
 } from "./edge/host.ts";
@@ -66,6 +67,7 @@ import {
   writeMasqueradeNote,
   writeTrialNote,
 } from "./edge/rundir.ts";
+import { hasTcxLink } from "./edge/tcx.ts";
 import { type Collected, createTelemetry, type Telemetry } from "./edge/telemetry.ts";
 import { parseFlags, type Settings, UsageError } from "./flags.ts";
 
@@ -81,15 +83,20 @@ const STATUS_MS = 500;
 const TELL_MS = 50;
 /** How old what is written of each peer may be, unless they are many; that one ceased to answer is written at once. */
 const PEERS_MS = 5000;
-/** For each peer, between two times: with 10,000 half a minute. */
-const PEER_PAUSE_MS = 3;
+/** For each peer, between two times: with 10,000, each of which is asked every few minutes, two minutes. */
+const PEER_PAUSE_MS = 12;
+/** Peers that are made text in one go, in a millisecond or two. */
+const PEERS_PER_GO = 250;
 /** Peers that are written. */
 const PEERS_LISTED = 10_000;
-/** How often the flows that stay on the stack are counted, and the pause between two steps of a count. */
+/** How often the flows that stay on the stack are counted at most, and the pause between two steps of a count. */
 const FLOWS_MS = 10_000;
 const FLOWS_STEP_MS = 20;
-/** How often to look for what the kernel tells nobody of: tunnel packets dropped as no peer's, programs detached. */
-const UNTOLD_MS = 250;
+/**
+ * How often to look for what the kernel tells nobody of: tunnel packets dropped as no peer's, programs detached. That has
+ * to be mended within a second; and waking up costs a millisecond or two of processor time, whatever is looked at then.
+ */
+const UNTOLD_MS = 700;
 
 const FAST_PATHS: Readonly<Record<Settings["fastPath"], FastPath>> = {
   off: "FAST_PATH_OFF",
@@ -97,8 +104,12 @@ const FAST_PATHS: Readonly<Record<Settings["fastPath"], FastPath>> = {
   always: "FAST_PATH_ALWAYS",
 };
 
-const version = (): string =>
-  (JSON.parse(readFileSync(join(ROOT, "package.json"), "utf8")) as { version: string }).version;
+let versionRead: string | undefined;
+const version = (): string => {
+  versionRead ??= (JSON.parse(readFileSync(join(ROOT, "package.json"), "utf8")) as { version: string })
+    .version;
+  return versionRead;
+};
 
 /** The compiled programs: as installed, or compiled now from the sources beside them. */
 function findObject(): string {
@@ -222,6 +233,7 @@ async function run(settings: Settings, telemetry: Telemetry): Promise<number> {
       attach: settings.attach,
       object,
       connections: settings.ipMasq ? settings.masqMaxConnections : 0,
+      hasLink: hasTcxLink,
       translated: () => {
         try {
           return translatedTuples();
@@ -450,7 +462,7 @@ async function serve(
 
 /** Looks for what the kernel tells nobody of: a row that is gone, for packets are dropped as no peer's, and a program. */
 function watchUntold(dataplane: Dataplane, agent: Agent): NodeJS.Timeout {
-  let before = 0n;
+  let before = 0;
   return setInterval(() => {
     agent.checkAttachments();
     try {
@@ -474,9 +486,14 @@ class StatusKeeper {
   #store: StoreState | undefined;
   #timer: NodeJS.Timeout | undefined;
   #telling: NodeJS.Timeout | undefined;
-  readonly #peersTimer: NodeJS.Timeout;
+  readonly #peersTimer: NodeJS.Timeout | undefined;
   /** Milliseconds of the process's clock. */
   #peersDue = 0;
+  /** The file of peers that is being made. */
+  #peersText: Generator<undefined, string> | undefined;
+  /** What is in the file, and the end of the lease that it gives. */
+  #written: string | undefined;
+  #leaseEndsAt = 0;
   #phase = "";
   #wasConnected = false;
   #told = new Map<string, string>();
@@ -485,7 +502,8 @@ class StatusKeeper {
     this.#settings = settings;
     this.#telemetry = telemetry;
     this.#mode = mode;
-    this.#peersTimer = setInterval(() => this.#keepPeers(), PEERS_MS).unref();
+    if (settings.peerProbeSeconds !== 0)
+      this.#peersTimer = setInterval(() => this.#keepPeers(), PEERS_MS).unref();
   }
 
   onStore(state: StoreState): void {
@@ -501,8 +519,15 @@ class StatusKeeper {
 
   /** Writes the log and the file soon, and once for changes that come together. */
   changed(): void {
-    this.#telling ??= setTimeout(() => this.#tell(), TELL_MS);
-    this.#timer ??= setTimeout(() => this.#write(), STATUS_MS);
+    this.#telling ??= setTimeout(() => this.#look(), TELL_MS);
+  }
+
+  /** Tells the log, and has the file written a little later if it is another now. */
+  #look(): void {
+    this.#tell();
+    if (this.#timer !== undefined) return;
+    if (this.#isWritten()) this.#keepPeers();
+    else this.#timer = setTimeout(() => this.#write(), STATUS_MS - TELL_MS);
   }
 
   /** Writes the file at once, and the log before. */
@@ -517,7 +542,8 @@ class StatusKeeper {
     clearInterval(this.#peersTimer);
     clearTimeout(this.#telling);
     clearTimeout(this.#timer);
-    this.#writePeers();
+    this.#beginPeers();
+    while (this.#stepPeers());
     this.#write();
   }
 
@@ -555,76 +581,128 @@ class StatusKeeper {
   #write(): void {
     this.#timer = undefined;
     this.#keepPeers();
-    const status = this.current();
-    if (status === undefined) return;
-    const { connected = false, since, endpoint, error } = this.#store ?? {};
+    const text = this.#text();
+    if (text === undefined) return;
     try {
-      const { keyFile, certFile, caFile, ...etcd } = this.#settings.etcd;
-      const place = (path: string | undefined) => path && resolve(path);
-      const content = {
-        version: version(),
-        pid: process.pid,
-        startedAt: this.#startedAt,
-        ...status,
-        revision: `${status.revision}`,
-        leaseEndsAt:
-          status.leaseEndsInMs === undefined
-            ? undefined
-            : new Date(Date.now() + status.leaseEndsInMs).toISOString(),
-        leaseEndsInMs: undefined,
-        fastPath: this.#settings.fastPath,
-        attach: this.#mode,
-        subnetFile: resolve(this.#settings.subnetFile),
-        // What `twill doctor` asks etcd with, once we are dead; no secrets.
-        etcd: {
-          ...etcd,
-          keyFile: place(keyFile),
-          certFile: place(certFile),
-          caFile: place(caFile),
-          password: undefined,
-        },
-        ipMasq: this.#settings.ipMasq,
-        resyncSeconds: this.#settings.resyncSeconds,
-        renewMarginMinutes: this.#settings.renewMarginMinutes,
-        leaseTtlSeconds: this.#settings.leaseTtlSeconds,
-        store: {
-          connected,
-          since: since === undefined ? undefined : new Date(since).toISOString(),
-          endpoint,
-          error: error?.message,
-        },
-      };
-      writeFileAtomically(statusPathOf(this.#settings.pinPath), `${JSON.stringify(content, null, 2)}\n`);
+      this.#written = undefined;
+      writeFileAtomically(statusPathOf(this.#settings.pinPath), text);
+      this.#written = text;
     } catch (cause) {
       this.#telemetry.log.warn({ reason: String(cause) }, "the status file could not be written");
     }
   }
 
-  /** The more peers, the longer the file takes to write, and the more rarely it is written. */
-  #keepPeers(): void {
-    const now = performance.now();
-    if (now < this.#peersDue) return;
-    this.#peersDue = now + PEER_PAUSE_MS * this.#writePeers();
+  /** Whether the file says what is to be said; it is then given a new age, which tells whether we are at work. */
+  #isWritten(): boolean {
+    if (this.#written === undefined || this.#text() !== this.#written) return false;
+    try {
+      return touchFile(statusPathOf(this.#settings.pinPath));
+    } catch {
+      // To write it will fail as well, and say why.
+      return false;
+    }
   }
 
-  /** A file of its own, as it is long where peers are many, and changes all the time. Returns how many there are. */
-  #writePeers(): number {
-    if (this.#settings.peerProbeSeconds === 0 || this.readPeers === undefined) return 0;
-    const all = [...this.readPeers()];
-    const some = worstFirst(all, PEERS_LISTED);
-    const note: PeersNote = {
+  /** What is to be in the file. */
+  #text(): string | undefined {
+    const status = this.current();
+    if (status === undefined) return undefined;
+    const { connected = false, since, endpoint, error } = this.#store ?? {};
+    const { keyFile, certFile, caFile, ...etcd } = this.#settings.etcd;
+    const place = (path: string | undefined) => path && resolve(path);
+    const content = {
+      version: version(),
       pid: process.pid,
-      at: new Date().toISOString(),
-      leftOut: all.length - some.length,
-      peers: some.map(noteOf),
+      startedAt: this.#startedAt,
+      ...status,
+      revision: `${status.revision}`,
+      leaseEndsAt: status.leaseEndsInMs === undefined ? undefined : this.#endOfLease(status.leaseEndsInMs),
+      leaseEndsInMs: undefined,
+      fastPath: this.#settings.fastPath,
+      attach: this.#mode,
+      subnetFile: resolve(this.#settings.subnetFile),
+      // What `twill doctor` asks etcd with, once we are dead; no secrets.
+      etcd: {
+        ...etcd,
+        keyFile: place(keyFile),
+        certFile: place(certFile),
+        caFile: place(caFile),
+        password: undefined,
+      },
+      ipMasq: this.#settings.ipMasq,
+      resyncSeconds: this.#settings.resyncSeconds,
+      renewMarginMinutes: this.#settings.renewMarginMinutes,
+      leaseTtlSeconds: this.#settings.leaseTtlSeconds,
+      store: {
+        connected,
+        since: since === undefined ? undefined : new Date(since).toISOString(),
+        endpoint,
+        error: error?.message,
+      },
     };
+    return `${JSON.stringify(content, null, 2)}\n`;
+  }
+
+  /** By the wall clock, and the same again as long as it is the same but for what the two clocks differ. */
+  #endOfLease(inMs: number): string {
+    const end = Date.now() + inMs;
+    if (Math.abs(end - this.#leaseEndsAt) >= 1000) this.#leaseEndsAt = end;
+    return new Date(this.#leaseEndsAt).toISOString();
+  }
+
+  /** The more peers, the longer the file takes to write, and the more rarely it is written. */
+  #keepPeers(): void {
+    if (performance.now() < this.#peersDue || this.#peersText !== undefined) return;
+    this.#beginPeers();
+    this.#goOnWithPeers();
+  }
+
+  /** A file of its own, as it is long where peers are many, and changes all the time. */
+  #beginPeers(): void {
+    if (this.#settings.peerProbeSeconds === 0 || this.readPeers === undefined) return;
+    const all = [...this.readPeers()];
+    this.#peersDue = performance.now() + PEER_PAUSE_MS * all.length;
+    this.#peersText = textOfPeers(worstFirst(all, PEERS_LISTED), all.length);
+  }
+
+  #goOnWithPeers(): void {
+    if (this.#stepPeers()) setImmediate(() => this.#goOnWithPeers());
+  }
+
+  /** Returns whether there is more to do. */
+  #stepPeers(): boolean {
+    const step = this.#peersText?.next();
+    if (step === undefined) return false;
+    if (step.done !== true) return true;
+    this.#peersText = undefined;
+    this.#writePeers(step.value);
+    return false;
+  }
+
+  #writePeers(text: string): void {
     try {
-      writeFileAtomically(peersPathOf(this.#settings.pinPath), `${JSON.stringify(note)}\n`);
+      writeFileAtomically(peersPathOf(this.#settings.pinPath), text);
     } catch (cause) {
       this.#telemetry.log.warn({ reason: String(cause) }, "the file of peers could not be written");
     }
-    return all.length;
   }
+}
+
+/** The text of a `PeersNote`, made of some peers at a time. */
+function* textOfPeers(peers: readonly PeerHealth[], known: number): Generator<undefined, string> {
+  const { pid } = process;
+  const head: Omit<PeersNote, "peers"> = {
+    pid,
+    at: new Date().toISOString(),
+    leftOut: known - peers.length,
+  };
+  const parts: string[] = [];
+  for (let from = 0; from < peers.length; from += PEERS_PER_GO) {
+    if (from > 0) yield;
+    const some = peers.slice(from, from + PEERS_PER_GO);
+    parts.push(some.map((peer) => JSON.stringify(noteOf(peer))).join(","));
+  }
+  return `${JSON.stringify(head).slice(0, -1)},"peers":[${parts.join(",")}]}\n`;
 }
 
 /** Of too many peers those that do not answer. */
@@ -653,29 +731,37 @@ function noteOf(peer: PeerHealth): PeerNote {
 
 /**
  * How many flows stay on the stack. The kernel does not know how many entries a map has: they are counted some at a
- * time and now and then, as a scrape must not wait for it.
+ * time, as a scrape must not wait for it, and only for those who scrape: each time for the next one, and once before.
  */
 class FlowCount {
-  entries: number | undefined;
   readonly #pinPath: string;
+  #entries: number | undefined;
   #timer: NodeJS.Timeout | undefined;
+  #dueAt = 0;
 
   constructor(pinPath: string) {
     this.#pinPath = pinPath;
-    this.#wait(0);
+    this.#wait();
+  }
+
+  /** As counted last. */
+  get entries(): number | undefined {
+    if (this.#timer === undefined && performance.now() >= this.#dueAt) this.#begin();
+    return this.#entries;
   }
 
   stop(): void {
     clearTimeout(this.#timer);
   }
 
-  #wait(ms: number): void {
-    this.#timer = setTimeout(() => this.#begin(), ms).unref();
+  /** Waits for the map to be there. */
+  #wait(): void {
+    this.#timer = setTimeout(() => this.#begin(), FLOWS_STEP_MS).unref();
   }
 
   #begin(): void {
     if (existsSync(join(this.#pinPath, "flows4"))) this.#step(countEntries(this.#pinPath, "flows4"), 0);
-    else this.#wait(FLOWS_STEP_MS);
+    else this.#wait();
   }
 
   #step(count: Generator<number>, so: number): void {
@@ -684,16 +770,17 @@ class FlowCount {
       step = count.next();
     } catch {
       // The map is gone, or was replaced by one of another layout.
-      this.entries = undefined;
-      this.#wait(FLOWS_MS);
+      this.#end(undefined);
       return;
     }
-    if (step.done === true) {
-      this.entries = so;
-      this.#wait(FLOWS_MS);
-      return;
-    }
-    this.#timer = setTimeout(() => this.#step(count, step.value), FLOWS_STEP_MS).unref();
+    if (step.done === true) this.#end(so);
+    else this.#timer = setTimeout(() => this.#step(count, step.value), FLOWS_STEP_MS).unref();
+  }
+
+  #end(entries: number | undefined): void {
+    this.#entries = entries;
+    this.#timer = undefined;
+    this.#dueAt = performance.now() + FLOWS_MS;
   }
 }
 

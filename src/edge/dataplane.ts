@@ -9,7 +9,7 @@
  * Loading new programs while old ones run is: load beside them on the same maps, fill the maps that are new
  * (their layout has changed), then `activate` replaces program by program, each atomically.
  */
-import { existsSync, mkdirSync, readdirSync, renameSync, rmdirSync, unlinkSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, renameSync, rmdirSync, statSync, unlinkSync } from "node:fs";
 import { release } from "node:os";
 import { dirname, join } from "node:path";
 import {
@@ -103,14 +103,19 @@ const mac = (bytes: Uint8Array): Mac =>
     .replace(/..(?=.)/g, "$&:");
 const macBytes = (text: Mac): Uint8Array => Buffer.from(text.replaceAll(":", ""), "hex");
 
-/** Rows of a map that are read at a time: a millisecond, if they are not those that were read last. */
+/** Rows of a map that are read at a time, in a millisecond: as rows, and as bytes that are compared with those read last. */
 const ROWS = 512;
+const ROWS_AS_BYTES = 4096;
 
-/** What a map, by its id, held. */
+/** What a map, by its id, held: its keys one behind another, and its values. */
 interface Image {
   readonly id: number;
-  readonly blocks: readonly Block[];
+  readonly keys: Uint8Array;
+  readonly values: Uint8Array;
 }
+
+/** One key of `counters`, which has no other. */
+const ONLY = Buffer.alloc(4);
 
 /** Where in `counters` the packets are that came under a name which is no peer's. */
 const REFUSALS = (
@@ -366,6 +371,8 @@ export interface DataplaneOptions {
   readonly object: string;
   /** How many masqueraded connections there may be at a time; 0 without masquerade. */
   readonly connections: number;
+  /** Whether a TCX link is at a place, asked often; throws if there is no such interface. */
+  readonly hasLink?: (ifindex: number, direction: "ingress" | "egress", linkId: number) => boolean;
   /** What the stack translates already when the programs come to this host for the first time. */
   readonly translated?: () => readonly Tuple[];
 }
@@ -380,6 +387,7 @@ export class Dataplane {
   readonly #handle: number;
   readonly #connections: number;
   readonly #translated: () => readonly Tuple[];
+  readonly #hasLink: NonNullable<DataplaneOptions["hasLink"]>;
   #subnet = { address: 0, mask: 0 };
   #countsPeers = false;
   #loaded: BpfObject | undefined;
@@ -394,7 +402,10 @@ export class Dataplane {
   /** What each map held when it was read last, unless rows were written since: decoding thousands costs more than they. */
   readonly #read = new Map<MapName, Image>();
   /** What is being read. */
-  readonly #reading = new Map<MapName, Image>();
+  readonly #reading = new Map<MapName, object>();
+  /** The pins, by path, that are known to lead to what ought to be there: an inode is never another pin's. */
+  readonly #pins = new Map<string, string>();
+  #counters: BpfMap | undefined;
 
   /** Why the kernel could not be asked for TCX. */
   readonly #problem: unknown;
@@ -406,6 +417,9 @@ export class Dataplane {
     this.#options = options;
     this.#connections = options.connections;
     this.#translated = options.translated ?? (() => []);
+    this.#hasLink =
+      options.hasLink ??
+      ((ifindex, direction, id) => queryTcx(ifindex, direction).some(({ linkId }) => linkId === id));
     this.#handle = handleOf(options.pinPath);
   }
 
@@ -494,6 +508,8 @@ export class Dataplane {
     this.#loaded?.close();
     this.#loaded = object;
     this.#countsPeers = countsPeers;
+    this.#counters = undefined;
+    this.#pins.clear();
     this.#fresh = fresh;
     this.#active = false;
     this.#subnet = { address: config.subnet4, mask: config.subnet4_mask };
@@ -564,7 +580,12 @@ export class Dataplane {
     let made = 0;
     for (const name of MAP_NAMES) {
       const path = join(this.pinPath, name);
-      if (existsSync(path) && pinnedMapId(path) === object.map(name).id) continue;
+      const inode = inodeOf(path);
+      if (inode !== undefined && this.#pins.get(path) === inode) continue;
+      if (inode !== undefined && pinnedMapId(path) === object.map(name).id) {
+        this.#pins.set(path, inode);
+        continue;
+      }
       this.#pin(name, (temporary) => object.map(name).pin(temporary));
       made += 1;
     }
@@ -635,9 +656,8 @@ export class Dataplane {
     const last = this.#read.get(name);
     if (last?.id === map.id && (yield* this.#isAsRead(name, map, last))) return false;
     const blocks: Block[] = [];
-    const image = { id: map.id, blocks };
     this.#read.delete(name);
-    this.#reading.set(name, image);
+    this.#reading.set(name, blocks);
     const rowCodec = CODECS[name];
     for (const block of map.blocks(ROWS)) {
       const { keys, values, count } = block;
@@ -653,22 +673,29 @@ export class Dataplane {
       yield rows;
     }
     // Written to meanwhile, or read by another as well, it is not what was read.
-    if (this.#reading.get(name) === image) this.#read.set(name, image);
+    if (this.#reading.get(name) === blocks) {
+      const keys = Buffer.concat(blocks.map((block) => block.keys));
+      const values = Buffer.concat(blocks.map((block) => block.values));
+      this.#read.set(name, { id: map.id, keys, values });
+    }
+    this.#reading.delete(name);
     return true;
   }
 
   /** Whether a map holds what it held, with nothing written from here meanwhile. */
   *#isAsRead(name: MapName, map: BpfMap, last: Image): Generator<readonly never[], boolean> {
-    let at = 0;
-    for (const { keys, values } of map.blocks(ROWS)) {
-      const before = last.blocks[at];
-      at += 1;
-      if (before === undefined || Buffer.compare(before.keys, keys) !== 0) return false;
-      if (Buffer.compare(before.values, values) !== 0) return false;
-      yield [];
+    let key = 0;
+    let value = 0;
+    for (const { keys, values } of map.blocks(ROWS_AS_BYTES)) {
+      if (Buffer.compare(last.keys.subarray(key, key + keys.length), keys) !== 0) return false;
+      if (Buffer.compare(last.values.subarray(value, value + values.length), values) !== 0) return false;
+      key += keys.length;
+      value += values.length;
+      // Of a small table that is all.
+      if (key < last.keys.length) yield [];
       if (this.#read.get(name) !== last) return false;
     }
-    return at === last.blocks.length;
+    return key === last.keys.length;
   }
 
   /** Writes rows, all or none of them known to be there: a failure throws LibbpfError and the caller reads back. */
@@ -699,13 +726,12 @@ export class Dataplane {
   attachments(ifindexes: Iterable<number>): Map<string, AttachmentRow> {
     const rows = new Map<string, AttachmentRow>();
     if (this.mode === "tcx") {
-      for (const [path, row, link] of this.#links()) {
-        // A link outlives its interface as a pin that leads nowhere.
-        if (link.info().ifindex === row.ifindex) {
-          rows.set(attachmentKey(row), row);
-          this.#linkIds.set(attachmentKey(row), link.id);
-        } else unlinkSync(path);
-        link.close();
+      for (const [path, row] of linkPins(this.pinPath)) {
+        const key = attachmentKey(row);
+        const inode = inodeOf(path);
+        const isKnown = inode !== undefined && this.#pins.get(path) === inode;
+        if (!(isKnown && this.#isThere(row)) && !this.#lookAtLink(path, row, inode)) continue;
+        rows.set(key, row);
       }
       return rows;
     }
@@ -717,7 +743,32 @@ export class Dataplane {
   isAttached(row: AttachmentRow): boolean {
     if (this.mode === "clsact") return true;
     const id = this.#linkIds.get(attachmentKey(row));
-    return queryTcx(row.ifindex, DIRECTIONS[row.hook]).some(({ linkId }) => linkId === id);
+    return id !== undefined && this.#hasLink(row.ifindex, DIRECTIONS[row.hook], id);
+  }
+
+  /** The same, also of an interface that is gone. */
+  #isThere(row: AttachmentRow): boolean {
+    try {
+      return this.isAttached(row);
+    } catch {
+      return false;
+    }
+  }
+
+  /** Whether a pinned link holds a program; learns which link it is. One that outlived its interface leads nowhere, and goes. */
+  #lookAtLink(path: string, row: AttachmentRow, inode: string | undefined): boolean {
+    const link = openPinnedLink(path);
+    try {
+      if (link.info().ifindex !== row.ifindex) {
+        unlinkSync(path);
+        return false;
+      }
+      this.#linkIds.set(attachmentKey(row), link.id);
+      if (inode !== undefined) this.#pins.set(path, inode);
+      return true;
+    } finally {
+      link.close();
+    }
   }
 
   /** Attaches, or replaces what is attached. Throws LibbpfError. */
@@ -782,13 +833,12 @@ export class Dataplane {
   }
 
   /** How many tunnel packets the programs have dropped as no peer's, since the map of counters was made. */
-  refused(): bigint {
-    if (this.#loaded === undefined) return 0n;
-    let sum = 0n;
-    for (const value of this.#map("counters").lookupPerCpu(Buffer.alloc(4)) ?? []) {
-      const counts = Buffer.from(value.buffer, value.byteOffset, value.byteLength);
-      for (const at of REFUSALS) sum += counts.readBigUInt64LE(at);
-    }
+  refused(): number {
+    if (this.#loaded === undefined) return 0;
+    this.#counters ??= this.#map("counters");
+    let sum = 0;
+    for (const value of this.#counters.lookupPerCpu(ONLY) ?? [])
+      for (const at of REFUSALS) sum += u64(value, at);
     return sum;
   }
 
@@ -868,17 +918,27 @@ function pinnedMapId(path: string): number {
   }
 }
 
+/** Names a pin: no other one has this inode. Undefined if there is none. */
+function inodeOf(path: string): string | undefined {
+  const stat = statSync(path, { throwIfNoEntry: false });
+  return stat && `${stat.dev} ${stat.ino}`;
+}
+
 function* pinnedLinks(
   pinPath: string,
 ): Generator<readonly [string, AttachmentRow, ReturnType<typeof openPinnedLink>]> {
+  for (const [path, row] of linkPins(pinPath)) yield [path, row, openPinnedLink(path)];
+}
+
+/** Where links are pinned, and of what. */
+function* linkPins(pinPath: string): Generator<readonly [string, AttachmentRow]> {
   const directory = join(pinPath, "links");
   if (!existsSync(directory)) return;
   for (const name of readdirSync(directory)) {
     const match = /^([a-z_]+)-(\d+)$/.exec(name);
     const hook = HOOKS.find((known) => known === match?.[1]);
     if (match === null || hook === undefined) continue;
-    const path = join(directory, name);
-    yield [path, { hook, ifindex: Number(match[2]) }, openPinnedLink(path)];
+    yield [join(directory, name), { hook, ifindex: Number(match[2]) }];
   }
 }
 

@@ -14,6 +14,7 @@ import {
   readFileSync,
   renameSync,
   rmSync,
+  utimesSync,
   writeFileSync,
 } from "node:fs";
 import { basename, dirname, join, resolve } from "node:path";
@@ -147,6 +148,18 @@ export function writeFileAtomically(path: string, content: string): void {
     throw new Error(`cannot write ${path}: ${reason}; check that its directory is writable and has room`, {
       cause,
     });
+  }
+}
+
+/** Has a file say that it was written now. False if there is none. */
+export function touchFile(path: string): boolean {
+  const now = new Date();
+  try {
+    utimesSync(path, now, now);
+    return true;
+  } catch (error) {
+    if (isMissing(error)) return false;
+    throw error;
   }
 }
 

@@ -11,6 +11,7 @@ import {
   readFileSync,
   rmSync,
   statSync,
+  utimesSync,
   writeFileSync,
 } from "node:fs";
 import { tmpdir } from "node:os";
@@ -22,6 +23,7 @@ import {
   localPortRange,
   readCapabilities,
   readSysctl,
+  touchFile,
   writeFileAtomically,
   writeSysctl,
 } from "../../src/edge/host.ts";
@@ -122,6 +124,16 @@ describe("files put in place", () => {
       expect(statSync(join(directory, made)).mode & 0o7777).toBe(0o755);
     }
     expect(readdirSync(join(directory, "run/flannel"))).toEqual(["subnet.env"]);
+  });
+
+  it("can be given a new age without their content, if they are there", () => {
+    const path = join(directory, "aged");
+    expect(touchFile(path)).toBe(false);
+    writeFileAtomically(path, "x");
+    utimesSync(path, new Date(0), new Date(0));
+    expect(touchFile(path)).toBe(true);
+    expect(statSync(path).mtimeMs).toBeGreaterThan(Date.now() - 60_000);
+    expect(readFileSync(path, "utf8")).toBe("x");
   });
 
   it("leave directories that were there as they were", () => {
