@@ -3,8 +3,17 @@ import { dirname } from "node:path";
 import type { Host } from "../test/lab.ts";
 import { startUdpPeer } from "../test/udppeer.ts";
 import { addForwardRules, pairHostGw, pairVxlan } from "./baseline.ts";
-import { hostToHost, network, type Path, type Row, type Suite, startTwillds, subnets } from "./suite.ts";
-import { connections, load, roundTrips, tcpStream, udpCost, udpPackets } from "./workloads.ts";
+import {
+  hostToHost,
+  limit,
+  network,
+  type Path,
+  type Row,
+  type Suite,
+  startTwillds,
+  subnets,
+} from "./suite.ts";
+import { connections, load, roundTrips, udpCost, udpPackets } from "./workloads.ts";
 
 const rows: readonly Row[] = [
   {
@@ -16,7 +25,11 @@ const rows: readonly Row[] = [
       return pods(hosts, 1450);
     },
   },
-  { name: "Twill vxlan", against: ["kernel vxlan (as flanneld)"], build: twill({ Type: "vxlan" }, 1450) },
+  {
+    name: "Twill vxlan",
+    against: ["kernel vxlan (as flanneld)", limit],
+    build: twill({ Type: "vxlan" }, 1450),
+  },
   {
     name: "kernel host-gw (as flanneld)",
     against: [],
@@ -28,7 +41,7 @@ const rows: readonly Row[] = [
   },
   {
     name: "Twill host-gw",
-    against: ["kernel host-gw (as flanneld)"],
+    against: ["kernel host-gw (as flanneld)", limit],
     build: twill({ Type: "host-gw" }, 1500),
   },
   {
@@ -60,28 +73,9 @@ const rows: readonly Row[] = [
 export const forwarding: Suite = {
   name: "forwarding",
   rows,
-  workloads: [tcpStream, udpPackets, udpCost, roundTrips, connections],
+  workloads: [udpPackets, udpCost, roundTrips, connections],
   kernel:
     "iproute2 and iptables as flanneld sets them up, with its default FORWARD rules; bridge netfilter as the kernel has it",
-};
-
-const OFFLOADS = ["tx", "rx", "tso", "gso", "gro"];
-
-/** The same with nothing left to the uplinks: the stack cuts aggregates and adds checksums itself, as without a good card. */
-export const offloads: Suite = {
-  ...forwarding,
-  name: "offloads",
-  rows: rows.map((row) => ({
-    ...row,
-    async build(lab, hosts) {
-      const path = await row.build(lab, hosts);
-      const off = OFFLOADS.flatMap((name) => [name, "off"]);
-      for (const host of hosts) await host.exec(["ethtool", "-K", "eth0", ...off]);
-      return path;
-    },
-  })),
-  workloads: [tcpStream, udpPackets, connections],
-  network: "hosts are network namespaces joined by a veth pair, MTU 1500, all offloads of the veth off",
 };
 
 function nodes(hosts: [Host, Host]): [Host, string][] {

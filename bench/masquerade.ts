@@ -12,7 +12,7 @@ import type { Host, Namespace } from "../test/lab.ts";
 import type { Twilld } from "../test/twilld.ts";
 import { addForwardRules, addMasqueradeRules, addNftRules } from "./baseline.ts";
 import { hostToHost, network, type Path, type Row, type Suite, startTwillds, subnets } from "./suite.ts";
-import { connections, load, tcpStream, udpPackets } from "./workloads.ts";
+import { connections, load, udpPackets } from "./workloads.ts";
 
 const [subnet] = subnets;
 /** Answers on ports from here on make the live connections; to no port of the loads. */
@@ -63,7 +63,7 @@ const rows: readonly Row[] = [
 export const masquerade: Suite = {
   name: "masquerade",
   rows,
-  workloads: [tcpStream, udpPackets, connections],
+  workloads: [udpPackets, connections],
   kernel:
     "flanneld's masquerade and FORWARD rules, as iptables (over nf_tables) or as nftables; bridge netfilter as the kernel has it",
 };

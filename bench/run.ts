@@ -1,7 +1,7 @@
 /**
  * `make bench`: Twill next to the kernel set up as flanneld does it, in one run: `forwarding` between pods, and next to
- * the wire itself; `offloads`, the same with those of the uplinks off; `masquerade` from pods to the outside; `monitor` with
- * `twill monitor` watching a flood of drops.
+ * the wire itself; `masquerade` from pods to the outside; `streams` of TCP for both, `offloads`, the same with those of
+ * the uplinks off; `monitor` with `twill monitor` watching a flood of drops.
  *
  * Each row of a table has a pair of hosts of its own, joined by a cable, all at once. A round takes one load
  * after the other and measures all rows with it, in an order that rotates from round to round, so that a slow
@@ -10,22 +10,24 @@
  *
  *   node dist/bench/run.js [--only NAME] [--rounds N] [--seconds N] [--rows REGEXP] [--out PREFIX]
  *
- * QUICK=1 in the environment is for a first look: one round of short loads.
+ * QUICK=1 in the environment is for a first look: one round of short loads, without offloads, of the rows that matter most.
  */
 import { cpus } from "node:os";
 import { join } from "node:path";
 import { setTimeout } from "node:timers/promises";
 import { parseArgs } from "node:util";
 import { createLab, type Lab, repository } from "../test/lab.ts";
+import { likeACard } from "./cable.ts";
 import { median, type Report, type Result, resultOf, tables } from "./figures.ts";
-import { forwarding, offloads } from "./forwarding.ts";
+import { forwarding } from "./forwarding.ts";
 import { describeMachine, publish } from "./machine.ts";
 import { masquerade } from "./masquerade.ts";
 import { monitor } from "./monitor.ts";
+import { offloads, streams } from "./streams.ts";
 import type { Path, Row, Suite } from "./suite.ts";
 import { checkPrograms } from "./workloads.ts";
 
-const suites: readonly Suite[] = [forwarding, offloads, masquerade, monitor];
+const suites: readonly Suite[] = [forwarding, masquerade, streams, offloads, monitor];
 
 /** What was asked of a run. */
 interface Order {
@@ -41,7 +43,7 @@ async function main(): Promise<void> {
       only: { type: "string", default: "" },
       rounds: { type: "string", default: quick ? "1" : "5" },
       seconds: { type: "string", default: quick ? "1" : "2" },
-      rows: { type: "string", default: "." },
+      rows: { type: "string", default: quick ? "vxlan|host-gw|host to host|10 live\\)|flood" : "." },
       out: { type: "string", default: join(repository, "dist/bench/result") },
     },
   });
@@ -50,7 +52,8 @@ async function main(): Promise<void> {
     seconds: Number(options.seconds),
     rows: new RegExp(options.rows, "i"),
   };
-  const wanted = suites.filter(({ name }) => options.only === "" || options.only === name);
+  const all = quick ? suites.filter((suite) => suite !== offloads) : suites;
+  const wanted = options.only === "" ? all : suites.filter(({ name }) => options.only === name);
   if (wanted.length === 0) {
     throw new Error(
       `there is no ${options.only} to measure: there are ${suites.map(({ name }) => name).join(" and ")}`,
@@ -90,6 +93,7 @@ async function measure(suite: Suite, { rounds, seconds, rows }: Order): Promise<
         { name: "h1", address: "10.4.7.21/24" },
         { name: "h2", address: "10.4.7.22/24" },
       );
+      if (suite.card) for (const [cpu, host] of hosts.entries()) await likeACard(host, cpu);
       const path = await row.build(lab, hosts);
       const ping = await path.from.ping(path.address, { count: 10 });
       if (ping.lost.length > 0)
@@ -162,9 +166,11 @@ async function describeEnvironment(
     ...(await describeMachine()),
     load: `${rounds} rounds, ${seconds} s per load; client on CPU 0, server on CPU 1; order of the rows rotated`,
     others: `before the loads, ${percent(median(busy))} of the processors was in use (at most ${percent(Math.max(...busy))})`,
-    network:
-      suite.network ??
-      "hosts are network namespaces joined by a veth pair, MTU 1500, the veth's default offloads (TSO, GSO on)",
+    network: [
+      "hosts are network namespaces joined by a veth pair, MTU 1500",
+      suite.offloads ?? "the veth's default offloads (TSO, GSO on)",
+      ...(suite.card ? ["each end as a card's (bench/cable.ts), served by the processor of its host"] : []),
+    ].join(", "),
     kernelRows: suite.kernel,
   };
 }

@@ -28,9 +28,12 @@ export interface Row {
   build(lab: Lab, hosts: [Host, Host]): Promise<Path>;
 }
 
+/** The limit of the setup. */
+export const limit = "host to host, no pods";
+
 /** The nodes themselves, without a pod, a bridge or a program: nothing that forwards can be faster. */
 export const hostToHost = (...against: string[]): Row => ({
-  name: "host to host, no pods",
+  name: limit,
   against,
   async build(_, [a, b]) {
     return { from: a, to: b, address: b.address };
@@ -44,8 +47,10 @@ export interface Suite {
   readonly workloads: readonly Workload[];
   /** How the rows of the kernel are set up. */
   readonly kernel: string;
-  /** What the hosts are joined by; a veth pair as the kernel makes it by default. */
-  readonly network?: string;
+  /** Whether the ends of the cable are like those of a card: see `cable.ts`. Else it is a veth pair, and nothing more. */
+  readonly card?: boolean;
+  /** What else is to be known of the cable. */
+  readonly offloads?: string;
 }
 
 /** Starts twilld on these hosts, each with the subnet that is given; the first has the etcd. */
