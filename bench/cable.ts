@@ -50,8 +50,9 @@ function hold(end: number, waiting: number, nowhere: number): void {
   attachTcx(object.program("leave"), end, "egress");
   attachTcx(object.program("travel"), waiting, "ingress");
   process.stdout.write("ready\n");
-  // The links are this process's, and end with it.
-  process.stdin.resume();
+  setInterval(() => {
+    // The links are this process's, and last as long as it does.
+  }, 2 ** 30);
 }
 
 if (import.meta.url === pathToFileURL(process.argv[1] ?? "").href) {

@@ -275,6 +275,8 @@ export class Agent {
   readonly #attachments = new Table<AttachmentRow>("attachments");
   /** Those of them without which packets do not get by. */
   #vital: readonly (readonly [key: string, row: AttachmentRow])[] = [];
+  /** Whether the stack can't do what they do. */
+  #aloneCarry = false;
   readonly #tables: readonly Pick<Table<unknown>, "name" | "retry" | "failures">[];
 
   #cancelRound: (() => void) | undefined;
@@ -445,14 +447,16 @@ export class Agent {
 
   /**
    * Looks whether those programs are in place without which packets do not get by, or with a wrong address: of a TCX link
-   * that was detached nobody is told. To be called often; it asks the kernel of a few links alone.
+   * that was detached nobody is told. To be called often; it asks the kernel of a few links alone. Returns whether
+   * packets wait for one that is gone: with a tunnel that the programs alone carry, and with masquerade.
    */
-  checkAttachments(): void {
-    if (this.#vital.every(([key, row]) => this.#isInPlace(key, row))) return;
+  checkAttachments(): boolean {
+    if (this.#vital.every(([key, row]) => this.#isInPlace(key, row))) return this.#aloneCarry;
     // With its pin gone, others may be as well.
     this.#readingBack.ask();
     this.#attachmentsStale = true;
     this.#wake();
+    return this.#aloneCarry;
   }
 
   /** Marks what a change of the host may have changed for us. */
@@ -1248,6 +1252,8 @@ export class Agent {
     const rows = attachmentsOf(facts, this.#pods, ways, this.#uplinkIndexes, direct);
     this.#attachments.wantAll(rows);
     this.#vital = [...rows].filter(([, { hook }]) => !SPARED_HOOKS.includes(hook));
+    const { tunnel } = kindOf(facts.network.backend).programs;
+    this.#aloneCarry = facts.masquerade !== undefined || tunnel === "TUNNEL_IPIP" || tunnel === "TUNNEL_UDP";
   }
 
   /** By which interfaces, and under which addresses, pods are masqueraded. */

@@ -94,9 +94,11 @@ const FLOWS_MS = 10_000;
 const FLOWS_STEP_MS = 20;
 /**
  * How often to look for what the kernel tells nobody of: tunnel packets dropped as no peer's, programs detached. That has
- * to be mended within a second; and waking up costs a millisecond or two of processor time, whatever is looked at then.
+ * to be mended within a second, and sooner where no packet gets by without a program. Waking up costs a millisecond
+ * or two of processor time, whatever is looked at then.
  */
 const UNTOLD_MS = 700;
+const UNTOLD_VITAL_MS = 250;
 
 const FAST_PATHS: Readonly<Record<Settings["fastPath"], FastPath>> = {
   off: "FAST_PATH_OFF",
@@ -442,7 +444,7 @@ async function serve(
         })
       : undefined;
   agent.start();
-  const watching = watchUntold(dataplane, agent);
+  const unwatch = watchUntold(dataplane, agent);
   for await (const event of store.watch(stopping.signal)) {
     // With this one, the agent begins to make what it needs.
     if (event.kind === "synced") await isPrepared;
@@ -450,7 +452,7 @@ async function serve(
     agent.onStore(event);
   }
 
-  clearInterval(watching);
+  unwatch();
   agent.stop();
   flows.stop();
   status.stop();
@@ -460,11 +462,15 @@ async function serve(
   return outcome;
 }
 
-/** Looks for what the kernel tells nobody of: a row that is gone, for packets are dropped as no peer's, and a program. */
-function watchUntold(dataplane: Dataplane, agent: Agent): NodeJS.Timeout {
+/**
+ * Looks for what the kernel tells nobody of: a row that is gone, for packets are dropped as no peer's, and a program. Until
+ * the function that it returns is called.
+ */
+function watchUntold(dataplane: Dataplane, agent: Agent): () => void {
   let before = 0;
-  return setInterval(() => {
-    agent.checkAttachments();
+  let timer: NodeJS.Timeout;
+  const look = (): void => {
+    const isVital = agent.checkAttachments();
     try {
       const refused = dataplane.refused();
       if (refused > before) agent.onRefused();
@@ -472,7 +478,10 @@ function watchUntold(dataplane: Dataplane, agent: Agent): NodeJS.Timeout {
     } catch {
       // Whatever keeps the counters from being read, the next resync meets it too, and shows it.
     }
-  }, UNTOLD_MS);
+    timer = setTimeout(look, isVital ? UNTOLD_VITAL_MS : UNTOLD_MS);
+  };
+  timer = setTimeout(look, UNTOLD_VITAL_MS);
+  return () => clearTimeout(timer);
 }
 
 /** Keeps the status file and the log in step with the agent, each change once. */
