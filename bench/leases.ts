@@ -6,8 +6,8 @@
  *   node dist/bench/leases.js time ENDPOINT PINPATH FROM N   N leases, one after the other; prints JSON
  */
 import { join } from "node:path";
+import { Etcd3 } from "etcd3";
 import { openPinnedMap } from "../loader/index.ts";
-import { EtcdRpc } from "../src/edge/etcd-rpc.ts";
 
 const PREFIX = "/coreos.com/network/subnets/";
 /** Puts under way at a time. */
@@ -38,33 +38,31 @@ function lease(n: number): Lease {
   };
 }
 
-async function put(client: EtcdRpc, key: string, value: string): Promise<void> {
-  const request_put = { key: Buffer.from(key), value: Buffer.from(value) };
-  await client.txn({ compare: [], success: [{ request_put }], failure: [] });
-}
-
-async function fill(client: EtcdRpc, from: number, to: number): Promise<void> {
+async function fill(client: Etcd3, from: number, to: number): Promise<void> {
   let next = from;
   const worker = async (): Promise<void> => {
     while (next < to) {
       const { key, value } = lease(next++);
-      await put(client, key, value);
+      await client.put(key).value(value);
     }
   };
   await Promise.all(Array.from({ length: PARALLEL }, worker));
 }
 
 /** Milliseconds from the answer to a put (and from sending it) until the row is in the map. */
-async function time(client: EtcdRpc, pinPath: string, from: number, count: number): Promise<void> {
+async function time(client: Etcd3, pinPath: string, from: number, count: number): Promise<void> {
   const map = openPinnedMap(join(pinPath, "subnets4"));
   const [sent, answered]: [number[], number[]] = [[], []];
   for (let n = from; n < from + count; n++) {
     const { key, value, row } = lease(n);
     const begin = performance.now();
-    let putAt = 0;
-    const answer = put(client, key, value).then(() => {
-      putAt = performance.now();
-    });
+    let put = 0;
+    const answer = client
+      .put(key)
+      .value(value)
+      .then(() => {
+        put = performance.now();
+      });
     const deadline = begin + 10_000;
     while (map.lookup(row) === undefined) {
       if (performance.now() > deadline) throw new Error(`${key} did not come into the map within 10 s`);
@@ -74,14 +72,14 @@ async function time(client: EtcdRpc, pinPath: string, from: number, count: numbe
     const seen = performance.now();
     await answer;
     sent.push(seen - begin);
-    answered.push(Math.max(0, seen - putAt));
+    answered.push(Math.max(0, seen - put));
   }
   map.close();
   process.stdout.write(`${JSON.stringify({ sent, answered })}\n`);
 }
 
 const [mode, endpoint = "", ...rest] = process.argv.slice(2);
-const client = new EtcdRpc(endpoint.replace(/^https?:\/\//, ""), undefined, {}, 60_000);
+const client = new Etcd3({ hosts: [endpoint] });
 try {
   if (mode === "fill") await fill(client, Number(rest[0]), Number(rest[1]));
   else if (mode === "time") await time(client, rest[0] ?? "", Number(rest[1]), Number(rest[2]));

@@ -1,9 +1,9 @@
 /**
  * etcd, the only store: what every node of the network has published, and our own key in it.
  *
- * No client library stands between us and etcd's calls: watchers, leases, retries and circuit breakers of such skip
- * events over a reconnect, go blind when the store was wiped, and send a transaction twice. Here one rule replaces
- * them: whatever happens to a watch, it starts again from a list.
+ * The etcd3 package gives us its generated RPC clients and nothing else. Its watcher, leases, retries and
+ * circuit breaker are bypassed: they skip events over a reconnect, go blind when the store was wiped, and send
+ * a transaction twice. Here one rule replaces them: whatever happens to a watch, it starts again from a list.
  *
  * A watch is opened before the list is read, and events up to the list's revision are dropped. A stream that is
  * older than the list and still open proves that no restart, wipe or restore came between the two, so nothing
@@ -16,16 +16,18 @@ import { readFileSync } from "node:fs";
 import { posix } from "node:path";
 import { performance } from "node:perf_hooks";
 import { rootCertificates } from "node:tls";
-import type { StoreEvent } from "../core/model.ts";
+import grpc, { type Interceptor } from "@grpc/grpc-js";
+import { noop } from "cockatiel";
 import {
-  COMPARE_TARGET,
-  type Compare,
-  EVENT_DELETE,
-  type KeyValue,
-  type RequestOp,
-  type WatchResponse,
-} from "./etcd-codec.ts";
-import { type Credentials, EtcdRpc, type WatchStream } from "./etcd-rpc.ts";
+  Etcd3,
+  type ICompare,
+  type IKeyValue,
+  type IOptions,
+  type IRequestOp,
+  type IWatchRequest,
+  type IWatchResponse,
+} from "etcd3";
+import type { StoreEvent } from "../core/model.ts";
 
 /**
  * What went wrong, for a program: `config` the endpoints or the prefix; `credentials` a certificate, ours or
@@ -187,6 +189,12 @@ export async function openStore(options: StoreOptions): Promise<Store> {
   return new EtcdStore(options, endpoints, secure, basePath(options.prefix));
 }
 
+interface Credentials {
+  readonly rootCertificate: Buffer;
+  readonly privateKey?: Buffer;
+  readonly certChain?: Buffer;
+}
+
 /** The members' addresses as `scheme://host:port`, each once. */
 function parseEndpoints(options: StoreOptions): { endpoints: string[]; secure: boolean } {
   const given = options.endpoints.map((text) => text.trim()).filter((text) => text !== "");
@@ -238,7 +246,7 @@ class EtcdStore implements Store {
   /** Index of the endpoint that the next connection goes to. */
   #turn: number;
   /** The client of the calls; the watch has its own, as a failed call resets the channel of its client. */
-  #caller: Promise<EtcdRpc> | undefined;
+  #caller: Promise<Client> | undefined;
   /** Digest of the credential files in use. */
   #digest = "";
   #complaint = "";
@@ -308,8 +316,8 @@ class EtcdStore implements Store {
     const leaseId = await this.#grant(ttlSeconds);
     const outcome = await this.#write(
       key,
-      { target: COMPARE_TARGET.version, version: 0n },
-      { request_put: { key: this.#key(key), value: Buffer.from(value), lease: BigInt(leaseId) } },
+      { target: "Version", version: "0" },
+      { request_put: { key: this.#key(key), value: Buffer.from(value), lease: leaseId } },
       (record) => record?.leaseId === leaseId,
     );
     if (outcome.done) {
@@ -325,15 +333,8 @@ class EtcdStore implements Store {
     const leaseId = "ttlSeconds" in term ? await this.#grant(term.ttlSeconds) : "0";
     const outcome = await this.#write(
       key,
-      { target: COMPARE_TARGET.mod, mod_revision: expectRevision },
-      {
-        request_put: {
-          key: this.#key(key),
-          value: Buffer.from(value),
-          lease: BigInt(leaseId),
-          prev_kv: true,
-        },
-      },
+      { target: "Mod", mod_revision: String(expectRevision) },
+      { request_put: { key: this.#key(key), value: Buffer.from(value), lease: leaseId, prev_kv: true } },
       // A reservation has no lease to tell it by; the same bytes with no lease are as good as our own write.
       (record) =>
         record !== undefined &&
@@ -347,7 +348,7 @@ class EtcdStore implements Store {
     if (leaseId !== "0") this.#granted.add(leaseId);
     // The key has moved to the new lease. The old one goes if it is ours; a lease that another made may hold
     // other keys, and ages out by itself.
-    const old = outcome.previous && String(outcome.previous.lease);
+    const old = outcome.previous?.lease;
     if (old !== undefined && old !== leaseId && this.#granted.delete(old)) await this.#revoke(old);
     return { renewed: true, revision: outcome.revision, leaseId };
   }
@@ -355,7 +356,7 @@ class EtcdStore implements Store {
   async remove(key: string, expectRevision: bigint): Promise<Removal> {
     const outcome = await this.#write(
       key,
-      { target: COMPARE_TARGET.mod, mod_revision: expectRevision },
+      { target: "Mod", mod_revision: String(expectRevision) },
       { request_delete_range: { key: this.#key(key) } },
       (record) => record === undefined,
     );
@@ -364,7 +365,7 @@ class EtcdStore implements Store {
   }
 
   async get(key: string): Promise<StoreRecord | undefined> {
-    const { kvs } = await this.#call((client) => client.range({ key: this.#key(key) }));
+    const { kvs } = await this.#call((client) => client.etcd.kv.range({ key: this.#key(key) }));
     return this.#record(kvs[0]);
   }
 
@@ -374,7 +375,8 @@ class EtcdStore implements Store {
 
   async timeToLive(leaseId: string): Promise<number | undefined> {
     if (leaseId === "0") return undefined;
-    const seconds = await this.#call((client) => client.leaseTimeToLive(BigInt(leaseId)));
+    const { TTL } = await this.#call((client) => client.etcd.leaseClient.leaseTimeToLive({ ID: leaseId }));
+    const seconds = Number(TTL);
     return seconds < 0 ? undefined : seconds;
   }
 
@@ -395,11 +397,11 @@ class EtcdStore implements Store {
   /** One life of the watch at one endpoint. Returns when stopped or to use new credentials, else throws. */
   async *#follow(endpoint: string, stop: AbortSignal): AsyncGenerator<StoreEvent, void, void> {
     const { signal: end, release } = either(stop, this.#rotation.signal);
-    let client: EtcdRpc | undefined;
+    let client: Client | undefined;
     let feed: Feed | undefined;
     try {
       client = await this.#dial(endpoint);
-      const stream = client.watch();
+      const stream = await client.etcd.watchClient.watch();
       feed = openFeed(stream, end);
       stream.write({
         create_request: {
@@ -407,7 +409,7 @@ class EtcdStore implements Store {
           range_end: rangeEnd(Buffer.from(this.#base)),
           fragment: true,
         },
-      });
+      } as IWatchRequest);
       const created = await feed.next(ANSWER_MS);
       if (created === undefined) return;
       refuseCancelled(created, endpoint);
@@ -415,7 +417,10 @@ class EtcdStore implements Store {
       const snapshot = await race(this.#list(client, Buffer.from(this.#base)), end);
       if (snapshot === undefined) return;
       // A list cannot be older than a watch of the same store, so one of the two came from another store.
-      if (snapshot.revision < created.header.revision || snapshot.cluster !== created.header.cluster_id) {
+      if (
+        snapshot.revision < BigInt(created.header.revision) ||
+        snapshot.cluster !== created.header.cluster_id
+      ) {
         throw new StoreError(
           "unavailable",
           `etcd at ${endpoint} was replaced while it was read: reading it again`,
@@ -436,7 +441,7 @@ class EtcdStore implements Store {
       for (let message = await feed.next(); message !== undefined; message = await feed.next()) {
         refuseCancelled(message, endpoint);
         for (const { type, kv } of message.events) {
-          const revision = kv.mod_revision;
+          const revision = BigInt(kv.mod_revision);
           if (revision <= snapshot.revision) continue;
           if (revision < cursor) {
             throw new StoreError(
@@ -447,7 +452,7 @@ class EtcdStore implements Store {
           cursor = revision;
           const record = this.#record(kv);
           if (record === undefined || !concernsUs(record.key)) continue;
-          if (type === EVENT_DELETE) yield { kind: "delete", key: record.key, revision };
+          if (type === "Delete") yield { kind: "delete", key: record.key, revision };
           else yield { kind: "put", ...record };
           if (isTurnOver()) await nextTurn();
         }
@@ -461,19 +466,19 @@ class EtcdStore implements Store {
 
   /** Reads a whole range in pages, all of the revision of the first. */
   async #list(
-    client: EtcdRpc,
+    client: Client,
     start: Buffer,
-  ): Promise<{ revision: bigint; cluster: bigint; records: StoreRecord[] }> {
+  ): Promise<{ revision: bigint; cluster: string; records: StoreRecord[] }> {
     const end = rangeEnd(start);
     const records: StoreRecord[] = [];
     let key = start;
-    let revision = 0n;
+    let revision = "0";
     let limit = PAGE_KEYS;
     let bytes = 0;
     for (;;) {
       try {
-        const page = await client.range({ key, range_end: end, limit: BigInt(limit), revision });
-        if (revision === 0n) revision = page.header.revision;
+        const page = await client.etcd.kv.range({ key, range_end: end, limit, revision });
+        if (revision === "0") revision = page.header.revision;
         for (const kv of page.kvs) {
           bytes += kv.key.length + kv.value.length;
           const record = this.#record(kv);
@@ -487,7 +492,7 @@ class EtcdStore implements Store {
         }
         const last = page.kvs.at(-1);
         if (!page.more || last === undefined) {
-          return { revision, cluster: page.header.cluster_id, records };
+          return { revision: BigInt(revision), cluster: page.header.cluster_id, records };
         }
         key = Buffer.concat([last.key, Buffer.of(0)]);
       } catch (error) {
@@ -503,23 +508,25 @@ class EtcdStore implements Store {
    */
   async #write(
     key: string,
-    compare: Omit<Compare, "key">,
-    operation: RequestOp,
+    compare: ICompare,
+    operation: IRequestOp,
     isOurs: (record: StoreRecord | undefined) => boolean,
-  ): Promise<{ done: true; revision: bigint; previous?: KeyValue } | { done: false; current?: StoreRecord }> {
+  ): Promise<
+    { done: true; revision: bigint; previous?: IKeyValue } | { done: false; current?: StoreRecord }
+  > {
     const bytes = this.#key(key);
     let sent = 0;
     try {
       const answer = await this.#call((client) => {
         sent += 1;
-        return client.txn({
-          compare: [{ key: bytes, ...compare }],
+        return client.etcd.kv.txn({
+          compare: [{ result: "Equal", key: bytes, ...compare }],
           success: [operation],
           failure: [{ request_range: { key: bytes } }],
         });
       });
       const response = answer.responses[0];
-      const { revision } = answer.header;
+      const revision = BigInt(answer.header.revision);
       if (answer.succeeded) {
         const previous = response?.response_put?.prev_kv;
         return previous ? { done: true, revision, previous } : { done: true, revision };
@@ -538,13 +545,14 @@ class EtcdStore implements Store {
   }
 
   async #grant(ttlSeconds: number): Promise<string> {
-    return String(await this.#call((client) => client.leaseGrant(ttlSeconds)));
+    const { ID } = await this.#call((client) => client.etcd.leaseClient.leaseGrant({ TTL: ttlSeconds }));
+    return ID;
   }
 
   /** Gives a lease back that holds no key any more. Failing is harmless: it ages out. */
   async #revoke(leaseId: string): Promise<void> {
     try {
-      await this.#call((client) => client.leaseRevoke(BigInt(leaseId)));
+      await this.#call((client) => client.etcd.leaseClient.leaseRevoke({ ID: leaseId }));
     } catch (error) {
       this.#options.log.debug(
         { leaseId, error: messageOf(error) },
@@ -557,7 +565,7 @@ class EtcdStore implements Store {
    * Runs a call that may be repeated: at the current endpoint, then at each other, then once more after a
    * pause. What etcd itself refuses is not repeated.
    */
-  async #call<T>(run: (client: EtcdRpc) => Promise<T>): Promise<T> {
+  async #call<T>(run: (client: Client) => Promise<T>): Promise<T> {
     const stop = this.#closing.signal;
     for (let failures = 0; ; ) {
       stop.throwIfAborted();
@@ -586,7 +594,7 @@ class EtcdStore implements Store {
   }
 
   /** A client of one endpoint, with the credentials as they are in the files now. */
-  async #dial(endpoint: string): Promise<EtcdRpc> {
+  async #dial(endpoint: string): Promise<Client> {
     if (!this.#secure) return dial(endpoint, this.#options, undefined);
     const { credentials, digest } = readCredentials(this.#options);
     this.#digest = digest;
@@ -603,7 +611,7 @@ class EtcdStore implements Store {
       if (digest === this.#digest) return;
       const client = await dial(endpoint, this.#options, credentials);
       try {
-        await timely(client.range({ key: this.#key("config"), keys_only: true }), endpoint);
+        await timely(client.etcd.kv.range({ key: this.#key("config"), keys_only: true }), endpoint);
       } finally {
         client.close();
       }
@@ -656,15 +664,15 @@ class EtcdStore implements Store {
     return Buffer.from(this.#base + key);
   }
 
-  #record(kv: KeyValue | undefined): StoreRecord | undefined {
+  #record(kv: IKeyValue | undefined): StoreRecord | undefined {
     if (kv === undefined) return undefined;
     const key = text(kv.key);
     if (!key.startsWith(this.#base)) return undefined;
     return {
       key: key.slice(this.#base.length),
       value: text(kv.value),
-      revision: kv.mod_revision,
-      leaseId: String(kv.lease),
+      revision: BigInt(kv.mod_revision),
+      leaseId: kv.lease,
     };
   }
 
@@ -739,20 +747,53 @@ class EtcdStore implements Store {
   }
 }
 
+interface Client {
+  readonly etcd: Etcd3;
+  close(): void;
+}
+
 /** Prepares a client; with a user it also fetches the token, and that is all it sends. */
 async function dial(
   endpoint: string,
   options: StoreOptions,
   credentials: Credentials | undefined,
-): Promise<EtcdRpc> {
-  // Channels share a connection if all their options are alike, those that gRPC does not know included.
-  const channel =
-    options.connection === undefined ? CHANNEL : { ...CHANNEL, [CONNECTION]: options.connection };
-  const client = new EtcdRpc(endpoint.replace(/^https?:\/\//, ""), credentials, channel, ANSWER_MS);
+): Promise<Client> {
+  let token: string | undefined;
+  const interceptor: Interceptor = (call, nextCall) =>
+    new grpc.InterceptingCall(nextCall(call), {
+      start(metadata, _listener, next) {
+        if (token !== undefined) metadata.set("token", token);
+        // A member that was cut off from the others ends the watch then, in place of staying silent.
+        if (call.method_definition.responseStream) metadata.set("hasleader", "true");
+        const listener = new grpc.ListenerBuilder().withOnReceiveStatus((result, forward) => {
+          // Reworded, as the package repeats a call for ever when it reads etcd's own words.
+          const stale = result.details.includes("invalid auth token");
+          forward(stale ? { ...result, code: grpc.status.UNAUTHENTICATED, details: STALE_TOKEN } : result);
+        });
+        next(metadata, listener.build());
+      },
+    });
+  const settings: IOptions = {
+    hosts: endpoint,
+    // Channels share a connection if all their options are alike, those that the package does not know included.
+    grpcOptions:
+      options.connection === undefined ? CHANNEL : { ...CHANNEL, [CONNECTION]: options.connection },
+    defaultCallOptions: (context) => ({
+      interceptors: [interceptor],
+      ...(context.isStream ? {} : { deadline: Date.now() + ANSWER_MS }),
+    }),
+    faultHandling: { global: noop, host: () => noop },
+  };
+  const etcd = new Etcd3(credentials ? { ...settings, credentials } : settings);
+  const client: Client = { etcd, close: () => etcd.close() };
   const { username, password } = options;
   if (!username) return client;
   try {
-    client.token = await timely(client.authenticate(username, password ?? ""), endpoint);
+    const answer = await timely(
+      etcd.auth.authenticate({ name: username, password: password ?? "" }),
+      endpoint,
+    );
+    token = answer.token;
     return client;
   } catch (error) {
     // Users may be known before the cluster asks for them.
@@ -762,22 +803,24 @@ async function dial(
   }
 }
 
-/** Whether a token was refused that was good once: another login gives another. */
+const STALE_TOKEN = "the login has expired, invalid auth token no longer";
+
 function isStaleToken(error: unknown): boolean {
-  return messageOf(error).includes("invalid auth token");
+  return messageOf(error).includes(STALE_TOKEN);
 }
 
 interface Feed {
   /** The next message, or undefined once stopped. With a limit in milliseconds, throws when it is exceeded. */
-  next(withinMs?: number): Promise<WatchResponse | undefined>;
+  next(withinMs?: number): Promise<IWatchResponse | undefined>;
   /** Throws if the stream has failed already. */
   check(): void;
   close(): void;
 }
 
 /** The messages of a watch one by one; reading stops while more than `FEED_MESSAGES` wait. */
-function openFeed(source: WatchStream, end: AbortSignal): Feed {
-  const waiting: WatchResponse[] = [];
+function openFeed(stream: object, end: AbortSignal): Feed {
+  const source = stream as NodeJS.ReadableStream & { cancel(): void };
+  const waiting: IWatchResponse[] = [];
   let failure: unknown;
   let wake: () => void = () => undefined;
   const fail = (error: unknown) => {
@@ -786,7 +829,7 @@ function openFeed(source: WatchStream, end: AbortSignal): Feed {
   };
   const ended = () => fail(new Error("etcd ended the watch"));
   const stopped = () => wake();
-  source.on("data", (message: WatchResponse) => {
+  source.on("data", (message: IWatchResponse) => {
     waiting.push(message);
     if (waiting.length >= FEED_MESSAGES) source.pause();
     wake();
@@ -828,10 +871,10 @@ function openFeed(source: WatchStream, end: AbortSignal): Feed {
   };
 }
 
-/** etcd says in an ordinary message that a watch is over. */
-function refuseCancelled(message: WatchResponse, endpoint: string): void {
+/** etcd says in an ordinary message that a watch is over; the package's own watcher loses the reason. */
+function refuseCancelled(message: IWatchResponse, endpoint: string): void {
   if (!message.canceled) return;
-  if (message.compact_revision !== 0n) {
+  if (message.compact_revision !== "0") {
     throw new StoreError(
       "compacted",
       `etcd at ${endpoint} compacted what the watch had not seen: reading it again`,

@@ -269,7 +269,7 @@ describe("a host that cannot do it: exit code 1, and nothing is left", () => {
   test("neither the compiled programs nor clang", async () => {
     const copy = join(h1.directory, "copy");
     mkdirSync(copy);
-    for (const name of ["bin", "bpf", "dist/bundle", "package.json"])
+    for (const name of ["bin", "bpf", "dist/bundle", "dist/proto", "package.json"])
       cpSync(join(repository, name), join(copy, name), { recursive: true });
     symlinkSync(join(repository, "node_modules"), join(copy, "node_modules"));
     const argv = [process.execPath, join(copy, "bin/twilld"), ...twilldFlags(h1, etcd)];
