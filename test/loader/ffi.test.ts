@@ -126,12 +126,19 @@ describe("prepared calls", () => {
 
 describe("calls on a thread", () => {
   it("run beside the event loop, several at a time, each with what it was given", async () => {
-    const usleep = libc.prepareOnThread("usleep", "int", ["uint"]);
-    const order: string[] = [];
-    const slow = usleep(50_000).then(() => order.push("slow"));
-    const turn = new Promise((resolve) => setImmediate(resolve)).then(() => order.push("loop"));
-    await Promise.all([slow, turn]);
-    expect(order).toEqual(["loop", "slow"]);
+    const pipe = libc.prepare("pipe", "int", ["pointer"]);
+    const read = libc.prepareOnThread("read", "ssize", ["int", "pointer", "size"]);
+    const ends = Buffer.alloc(8);
+    expect(pipe(ends)).toBe(0);
+    const [from, to] = [ends.readInt32LE(0), ends.readInt32LE(4)];
+    const heard = Buffer.alloc(5);
+    // It waits until the loop, which goes on, has written.
+    const waiting = read(from, heard, heard.length);
+    await new Promise((resolve) => setImmediate(resolve));
+    writeSync(to, "hello");
+    expect(await waiting).toBe(5);
+    expect(heard.toString()).toBe("hello");
+    for (const end of [from, to]) closeSync(end);
     const strtoul = libc.prepareOnThread("strtoul", "u64", ["string", "pointer", "int"]);
     const texts = Array.from({ length: 20 }, (_, i) => `${2n ** 60n + BigInt(i)}`);
     expect((await Promise.all(texts.map((text) => strtoul(text, null, 10)))).map(String)).toEqual(texts);
