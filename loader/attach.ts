@@ -198,31 +198,66 @@ const SYS_BPF: Readonly<Record<string, number>> = { x64: 321, arm64: 280 };
 const BPF_PROG_QUERY = 16;
 const QUERY_SIZE = 64;
 
-/** The TCX chain of an interface, in the order packets meet it. Needs a kernel with TCX. */
-export function queryTcx(ifindex: number, direction: Direction): TcxProgram[] {
-  // libbpf 1.1 does not return link ids, so this asks bpf(2) itself; layout: union bpf_attr, query.
+/** Memory for a question about a chain; layout of `attr`: union bpf_attr, query. */
+interface ChainQuery {
+  readonly room: number;
+  readonly attr: Buffer;
+  /** `attr` before it is asked: the kernel writes to it. */
+  readonly blank: Buffer;
+  readonly programs: Buffer;
+  readonly links: Buffer;
+}
+
+// Kept, as to make it takes ten times as long as to ask.
+let chain: ChainQuery | undefined;
+
+function chainQuery(room: number): ChainQuery {
+  const [programs, links] = [Buffer.alloc(room * 4), Buffer.alloc(room * 4)];
+  const blank = Buffer.alloc(QUERY_SIZE);
+  writePointer(blank, 16, programs);
+  blank.writeUInt32LE(room, 24);
+  writePointer(blank, 40, links);
+  return { room, attr: Buffer.alloc(QUERY_SIZE), blank, programs, links };
+}
+
+/** Asks for the TCX chain of an interface: how long it is, and where it is until the next question. */
+function askForChain(ifindex: number, direction: Direction): ChainQuery & { readonly count: number } {
+  // libbpf 1.1 does not return link ids, so this asks bpf(2) itself.
   const number = SYS_BPF[process.arch];
   if (number === undefined) {
-    throw new LibbpfError("bpf", 0, `queryTcx() does not know the number of bpf(2) on ${process.arch}.`);
+    throw new LibbpfError("bpf", 0, `TCX chains: the number of bpf(2) on ${process.arch} is not known.`);
   }
-  for (let room = 64; ; room *= 2) {
-    const programs = Buffer.alloc(room * 4);
-    const links = Buffer.alloc(room * 4);
-    const attr = Buffer.alloc(QUERY_SIZE);
+  for (;;) {
+    chain ??= chainQuery(16);
+    const { attr } = chain;
+    attr.set(chain.blank);
     attr.writeUInt32LE(ifindex, 0);
     attr.writeUInt32LE(TCX[direction], 4);
-    writePointer(attr, 16, programs);
-    attr.writeUInt32LE(room, 24);
-    writePointer(attr, 40, links);
-    if (syscall(number, BPF_PROG_QUERY, attr, QUERY_SIZE) < 0) {
-      if (errno() === ENOSPC) continue;
+    if (syscall(number, BPF_PROG_QUERY, attr, QUERY_SIZE) >= 0)
+      return { ...chain, count: attr.readUInt32LE(24) };
+    if (errno() !== ENOSPC)
       throw failure("bpf", errno(), `list the programs at ${direction} of interface ${ifindex}`);
-    }
-    return Array.from({ length: attr.readUInt32LE(24) }, (_, i) => ({
-      programId: programs.readUInt32LE(i * 4),
-      linkId: links.readUInt32LE(i * 4),
-    }));
+    chain = chainQuery(chain.room * 2);
   }
+}
+
+/** The TCX chain of an interface, in the order packets meet it. Needs a kernel with TCX. */
+export function queryTcx(ifindex: number, direction: Direction): TcxProgram[] {
+  const { count, programs, links } = askForChain(ifindex, direction);
+  return Array.from({ length: count }, (_, i) => ({
+    programId: programs.readUInt32LE(i * 4),
+    linkId: links.readUInt32LE(i * 4),
+  }));
+}
+
+/**
+ * Whether a link is in the TCX chain of an interface, for who asks again and again. Needs a kernel with TCX. Throws
+ * LibbpfError, as when there is no such interface.
+ */
+export function hasTcxLink(ifindex: number, direction: Direction, linkId: number): boolean {
+  const { count, links } = askForChain(ifindex, direction);
+  for (let i = 0; i < count; i++) if (links.readUInt32LE(i * 4) === linkId) return true;
+  return false;
 }
 
 /** `native` runs in the driver, `generic` in the stack after it, `auto` in the driver if it can. */

@@ -6,6 +6,7 @@ export {
   type Direction,
   detachXdp,
   hasTcx,
+  hasTcxLink,
   Link,
   type LinkInfo,
   linkIds,

@@ -67,7 +67,6 @@ import {
   writeMasqueradeNote,
   writeTrialNote,
 } from "./edge/rundir.ts";
-import { hasTcxLink } from "./edge/tcx.ts";
 import { type Collected, createTelemetry, type Telemetry } from "./edge/telemetry.ts";
 import { parseFlags, type Settings, UsageError } from "./flags.ts";
 
@@ -235,7 +234,6 @@ async function run(settings: Settings, telemetry: Telemetry): Promise<number> {
       attach: settings.attach,
       object,
       connections: settings.ipMasq ? settings.masqMaxConnections : 0,
-      hasLink: hasTcxLink,
       translated: () => {
         try {
           return translatedTuples();

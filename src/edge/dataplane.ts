@@ -26,6 +26,7 @@ import {
   hasHelper,
   hasMapType,
   hasTcx,
+  hasTcxLink,
   isBpffs,
   layoutOfMap,
   mountBpffs,
@@ -371,8 +372,6 @@ export interface DataplaneOptions {
   readonly object: string;
   /** How many masqueraded connections there may be at a time; 0 without masquerade. */
   readonly connections: number;
-  /** Whether a TCX link is at a place, asked often; throws if there is no such interface. */
-  readonly hasLink?: (ifindex: number, direction: "ingress" | "egress", linkId: number) => boolean;
   /** What the stack translates already when the programs come to this host for the first time. */
   readonly translated?: () => readonly Tuple[];
 }
@@ -387,7 +386,6 @@ export class Dataplane {
   readonly #handle: number;
   readonly #connections: number;
   readonly #translated: () => readonly Tuple[];
-  readonly #hasLink: NonNullable<DataplaneOptions["hasLink"]>;
   #subnet = { address: 0, mask: 0 };
   #countsPeers = false;
   #loaded: BpfObject | undefined;
@@ -417,9 +415,6 @@ export class Dataplane {
     this.#options = options;
     this.#connections = options.connections;
     this.#translated = options.translated ?? (() => []);
-    this.#hasLink =
-      options.hasLink ??
-      ((ifindex, direction, id) => queryTcx(ifindex, direction).some(({ linkId }) => linkId === id));
     this.#handle = handleOf(options.pinPath);
   }
 
@@ -743,7 +738,7 @@ export class Dataplane {
   isAttached(row: AttachmentRow): boolean {
     if (this.mode === "clsact") return true;
     const id = this.#linkIds.get(attachmentKey(row));
-    return id !== undefined && this.#hasLink(row.ifindex, DIRECTIONS[row.hook], id);
+    return id !== undefined && hasTcxLink(row.ifindex, DIRECTIONS[row.hook], id);
   }
 
   /** The same, also of an interface that is gone. */

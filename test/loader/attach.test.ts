@@ -14,6 +14,7 @@ import {
   hasHelper,
   hasMapType,
   hasTcx,
+  hasTcxLink,
   type Link,
   linkIds,
   linkInfo,
@@ -164,12 +165,43 @@ describe.skipIf(!hasTcx())("TCX, if the kernel has it (Linux 6.6 on)", () => {
     expect(() => openLinkById(link.id)).toThrow(/ENOENT/);
   });
 
+  it("finds a link from when it is attached until it is detached, or closed", () => {
+    const first = attachTcx(object.program("first"), ifindex, "egress");
+    const second = attachTcx(object.program("second"), ifindex, "egress");
+    for (const { id } of [first, second]) {
+      expect(hasTcxLink(ifindex, "egress", id)).toBe(true);
+      expect(hasTcxLink(ifindex, "ingress", id)).toBe(false);
+    }
+    first.detach();
+    expect(hasTcxLink(ifindex, "egress", first.id)).toBe(false);
+    expect(hasTcxLink(ifindex, "egress", second.id)).toBe(true);
+    second.close();
+    // What was listed before does not count.
+    expect(hasTcxLink(ifindex, "egress", second.id)).toBe(false);
+    first.close();
+  });
+
+  it("finds and lists links where they are very many", () => {
+    const path = build("crowd", 'SEC("tc") int passes(struct __sk_buff *skb) { return TC_ACT_UNSPEC; }');
+    // A program of its own each time: the kernel takes none twice.
+    const objects = Array.from({ length: 40 }, () => openObject(path));
+    const links = objects.map((each) => {
+      each.load();
+      return attachTcx(each.program("passes"), ifindex, "egress");
+    });
+    for (const { id } of links) expect(hasTcxLink(ifindex, "egress", id)).toBe(true);
+    expect(hasTcxLink(ifindex, "egress", 0)).toBe(false);
+    expect(queryTcx(ifindex, "egress").map(({ linkId }) => linkId)).toEqual(links.map(({ id }) => id));
+    for (const each of [...links, ...objects]) each.close();
+  });
+
   it("names what it could not attach, and where", () => {
     expect(() => attachTcx(object.program("first"), GONE, "ingress")).toThrow(
       /Cannot attach program first to ingress of interface 999999: No such device \(ENODEV\)/,
     );
     expect(() => attachTcx(object.program("third"), ifindex, "ingress")).toThrow(/EINVAL/);
     expect(() => queryTcx(GONE, "ingress")).toThrow(/ENODEV/);
+    expect(() => hasTcxLink(GONE, "egress", 1)).toThrow(/ENODEV/);
   });
 
   it("reports a link whose interface is gone", () => {
