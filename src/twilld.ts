@@ -78,6 +78,8 @@ const CACHE = "/var/cache/twill";
 /** What ends by itself after a signal has so long; then the process ends without it. */
 const STOP_MS = 10_000;
 const STATUS_MS = 500;
+/** After how long a service manager that did not take a message is told again. */
+const NOTIFY_AGAIN_MS = 500;
 /** How long changes of the status are gathered before the log tells of them. */
 const TELL_MS = 50;
 /** How old what is written of each peer may be, unless they are many; that one ceased to answer is written at once. */
@@ -288,6 +290,14 @@ async function serve(
   const notifier = openNotifier();
   const stopping = new AbortController();
   let outcome = 0;
+  /** A manager that has other things to do may have no room for it now, and would end us if it never heard it. */
+  const tellReady = (attempt = 1): void => {
+    const reason = notifier.ready();
+    if (reason === undefined || stopping.signal.aborted) return;
+    if (attempt === 1)
+      log.warn({ reason }, "the service manager was not told that we are ready; trying again");
+    setTimeout(() => tellReady(attempt + 1), NOTIFY_AGAIN_MS).unref();
+  };
   const stop = (code: number): void => {
     if (stopping.signal.aborted) process.exit(code === 0 ? 1 : code);
     outcome = code;
@@ -404,9 +414,7 @@ async function serve(
           status.write();
           telemetry.setReady(true);
           onReady();
-          const undelivered = notifier.ready();
-          if (undelivered !== undefined)
-            log.warn({ reason: undelivered }, "the service manager was not told");
+          tellReady();
           log.info("ready: pods are forwarded and the subnet file is written");
         },
       },

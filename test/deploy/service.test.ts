@@ -9,7 +9,8 @@ import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "nod
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { openLibrary } from "../../loader/ffi.ts";
+import { openLibrary, type Watch, watchFd } from "../../loader/ffi.ts";
+import { openNotifier } from "../../src/edge/notify.ts";
 import { createLab, type Etcd, exec, type Host, type Lab, type Outcome, repository, until } from "../lab.ts";
 import { startTwilld, Twilld, twilldFlags, twilldProgram } from "../twilld.ts";
 
@@ -77,31 +78,47 @@ const bind = libc.prepare("bind", "int", ["int", "pointer", "uint"]);
 const recv = libc.prepare("recv", "ssize", ["int", "pointer", "size", "int"]);
 const close = libc.prepare("close", "int", ["int"]);
 
+/** Reads all the time, as systemd does: with ten messages unread the socket is full, and loses what comes. */
 class Manager {
   readonly path: string;
   readonly messages: string[] = [];
   readonly #fd: number;
+  #watch: Watch | undefined;
+  #ring: () => void = () => undefined;
 
-  constructor(path: string) {
+  constructor(path: string, options: { readonly listens?: boolean } = {}) {
     this.path = path;
     this.#fd = socket(1, 2, 0);
     const address = Buffer.from(`\x01\0${path}\0`, "latin1");
     if (bind(this.#fd, address, address.length) !== 0) throw new Error(`cannot bind ${path}`);
+    if (options.listens !== false) this.listen();
+  }
+
+  listen(): void {
+    this.#watch = watchFd(this.#fd, () => this.#read(), { keepAlive: false });
+  }
+
+  #read(): void {
+    const bytes = Buffer.alloc(4096);
+    for (let length = 1; length > 0; ) {
+      length = recv(this.#fd, bytes, bytes.length, 0x40);
+      if (length > 0) this.messages.push(bytes.toString("utf8", 0, length));
+    }
+    this.#ring();
   }
 
   /** Waits until a message came so many times. */
   async hears(message: string, times = 1): Promise<void> {
-    const bytes = Buffer.alloc(4096);
-    await until(`${message} at ${this.path}, not only ${this.messages}`, () => {
-      for (let length = 1; length > 0; ) {
-        length = recv(this.#fd, bytes, bytes.length, 0x40);
-        if (length > 0) this.messages.push(bytes.toString("utf8", 0, length));
-      }
-      return this.messages.filter((text) => text === message).length >= times;
-    });
+    const wake = (ring: () => void) => {
+      this.#ring = ring;
+      return () => undefined;
+    };
+    const count = () => this.messages.filter((text) => text === message).length;
+    await until(`${message} at ${this.path}, not only ${this.messages}`, () => count() >= times, { wake });
   }
 
   close(): void {
+    this.#watch?.close();
     close(this.#fd);
   }
 }
@@ -139,8 +156,8 @@ describe("the daemon", () => {
   async function start(
     allowed: readonly string[],
     flags: readonly string[] = [],
+    manager = new Manager(join(host.directory, `notify${managers++}`)),
   ): Promise<{ twilld: Twilld; manager: Manager }> {
-    const manager = new Manager(join(host.directory, `notify${managers++}`));
     const all = [...twilldFlags(host, etcd), ...flags];
     const env = { NOTIFY_SOCKET: manager.path, WATCHDOG_USEC: "400000", WATCHDOG_PID: undefined };
     const child = host.spawn(asUnit([twilldProgram, ...all], allowed), { cwd: host.directory, env });
@@ -156,7 +173,7 @@ describe("the daemon", () => {
     it("does all it is for, tells that it is ready and alive, and is taken away", async () => {
       const { twilld, manager } = await start(capabilities, [`--attach=${attach}`]);
       try {
-        await twilld.ready(8000);
+        await twilld.ready();
         await manager.hears("READY=1");
         await manager.hears("WATCHDOG=1", 3);
         const own = readFileSync(`/proc/${twilld.process.pid}/status`, "utf8");
@@ -188,6 +205,21 @@ describe("the daemon", () => {
         if (twilld.process.running) await twilld.stop();
       }
     });
+  });
+
+  it("tells again that it is ready if the manager had no room for it", async () => {
+    const deaf = new Manager(join(host.directory, `notify${managers++}`), { listens: false });
+    const notifier = openNotifier({ NOTIFY_SOCKET: deaf.path });
+    for (let i = 0; notifier.status("busy") === undefined; i++) expect(i).toBeLessThan(10_000);
+    const { twilld } = await start(capabilities, [], deaf);
+    try {
+      await twilld.says(/the service manager was not told that we are ready; trying again.*EAGAIN/);
+      deaf.listen();
+      await deaf.hears("READY=1");
+    } finally {
+      deaf.close();
+      await twilld.stop();
+    }
   });
 
   it("goes on without CAP_NET_RAW, probes nobody, and says so once", async () => {
