@@ -19,7 +19,7 @@ import { LeaseKeeper } from "./agent/lease.ts";
 import { Paths } from "./agent/paths.ts";
 import { type ProbeStatus, Probing } from "./agent/probing.ts";
 import { survey, type View, viewOf } from "./agent/survey.ts";
-import { FDB, NEIGHBOURS, ROUTES, Writer } from "./agent/writer.ts";
+import { FDB, NEIGHBOURS, type RowWrites, routeWrites, Writer } from "./agent/writer.ts";
 import { directRows, NO_ROWS } from "./core/backend.ts";
 import { kindOf } from "./core/backends.ts";
 import { claim, type Desired, emptyDesired, fold, forget, takeTouched } from "./core/desired.ts";
@@ -27,6 +27,7 @@ import type { Firewall } from "./core/firewall.ts";
 import {
   type FdbEntry,
   Host,
+  type HostEvent,
   type HostRows,
   type HostTable,
   isEthernet,
@@ -270,6 +271,7 @@ export class Agent {
   /** Former addresses of uplinks that are not there any more, and until when they count, see `withFormersOnHost`. */
   readonly #lostFormers = new Map<string, number>();
   readonly #routes = new Table<RouteRow>("routes");
+  #routeWrites: RowWrites<RouteRow> = routeWrites(false);
   readonly #neighbours = new Table<NeighbourRow>("neighbours");
   readonly #fdb = new Table<FdbRow>("fdb");
   readonly #attachments = new Table<AttachmentRow>("attachments");
@@ -434,7 +436,7 @@ export class Agent {
   }
 
   /** Notes what a change of the host did to the rows that are ours. */
-  #observeRow({ kind, change, row }: NetlinkEvent): void {
+  #observeRow({ kind, change, row }: HostEvent): void {
     const isGone = change === "delete";
     const overlay = this.#facts?.overlay?.index;
     if (kind === "route") this.#observeRoute(row, isGone);
@@ -460,7 +462,7 @@ export class Agent {
   }
 
   /** Marks what a change of the host may have changed for us. */
-  #mark(event: NetlinkEvent): void {
+  #mark(event: HostEvent): void {
     const facts = this.#facts;
     const isGone = event.change === "delete";
     const isInSubnet = (address: Ipv4): boolean => facts === undefined || contains(facts.subnet, address);
@@ -695,7 +697,7 @@ export class Agent {
     this.#writer.removeFromMap("interfaces", this.#interfaces);
     this.#writer.removeFromMap("endpoints4", this.#endpoints);
     this.#writer.removeFromMap("subnets4", this.#subnets);
-    this.#writer.remove(this.#routes, ROUTES);
+    this.#writer.remove(this.#routes, this.#routeWrites);
     this.#writer.remove(this.#fdb, FDB);
     this.#writer.remove(this.#neighbours, NEIGHBOURS);
     this.#writer.removeFromMap("peers4", this.#peers);
@@ -725,7 +727,7 @@ export class Agent {
       (!hasMaps || this.#writer.putMap("peers4", this.#peers)) &&
       this.#writer.put(this.#neighbours, NEIGHBOURS) &&
       this.#writer.put(this.#fdb, FDB) &&
-      this.#writer.put(this.#routes, ROUTES, (row) => this.#isRoutable(row)) &&
+      this.#writer.put(this.#routes, this.#routeWrites, (row) => this.#isRoutable(row)) &&
       (!hasMaps || this.#writer.putMap("subnets4", this.#subnets))
     );
   }
@@ -739,6 +741,9 @@ export class Agent {
       const device = kindOf(network.backend).device?.name;
       this.#attempts.attempt("sysctls", () => {
         this.#drifted({ name: "sysctls" }, this.#world.kernel.keepSysctls(device));
+      });
+      this.#attempts.attempt("sysctls", () => {
+        this.#routeWrites = routeWrites(this.#world.kernel.showsNexthops());
       });
       this.#base = { network, uplink, overlay };
       this.#baseStale = false;
@@ -775,7 +780,7 @@ export class Agent {
   }
 
   /** Takes what a survey found, which has looked at our own rows itself. */
-  #learn(events: readonly NetlinkEvent[]): void {
+  #learn(events: readonly HostEvent[]): void {
     for (const event of events) {
       for (const each of this.#host.apply(event)) {
         if (each !== event) this.#observeRow(each);

@@ -363,6 +363,7 @@ async function serve(
             netlink.apply(unanswered.map(({ address }) => ({ write, index, address })));
         },
         keepSysctls: sysctlKeeper(settings),
+        showsNexthops: () => readSysctl(["ipv4", "nexthop_compat_mode"]) === "1",
       },
       dataplane,
       store,

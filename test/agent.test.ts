@@ -1,4 +1,5 @@
 import { describe, expect, test } from "vitest";
+import { nexthopIdOf } from "../src/core/host.ts";
 import { FORMER_HOLD_MS, timeoutsOf } from "../src/core/masquerade.ts";
 import { cidr, cidrText, config, ip, ipText, type Node, record, World } from "./sim/fakes.ts";
 
@@ -112,17 +113,59 @@ describe("start", () => {
     addPeer(world, 2);
     await world.settle();
     const order = node.kernel.writes.map(({ write }) => write.write);
-    expect(order).toEqual(["replaceNeighbour", "replaceFdb", "replaceRoute"]);
+    expect(order).toEqual(["replaceNeighbour", "replaceFdb", "replaceNexthop", "replaceRoute"]);
     expect(node.dataplane.writes.map(({ map }) => map)).toEqual(["peers4", "subnets4"]);
     forget(node);
     world.etcd.delete("subnets/10.3.102.0-24");
     await world.settle();
     expect(node.kernel.writes.map(({ write }) => write.write)).toEqual([
+      // By its nexthop, or a plain one as flanneld makes it.
       "deleteRoute",
+      "deleteRoute",
+      "deleteNexthop",
       "deleteFdb",
       "deleteNeighbour",
     ]);
     expect(node.dataplane.writes.map(({ map }) => map)).toEqual(["subnets4", "peers4"]);
+  });
+
+  test("each route through a tunnel has a nexthop of its own, which goes with it", async () => {
+    const [world, node] = await forwarding(2);
+    const id = (destination: string) => nexthopIdOf(cidr(destination)) ?? 0;
+    const [first, second] = [id("10.3.101.0/24"), id("10.3.102.0/24")];
+    expect(first).toBe(ip("10.3.101.24"));
+    const nexthop = { gateway: ip("10.3.101.0"), outIndex: node.device?.index };
+    expect([...node.kernel.nexthops.keys()].sort()).toEqual([first, second]);
+    expect(node.kernel.nexthops.get(first)).toEqual(nexthop);
+    world.etcd.delete("subnets/10.3.102.0-24");
+    await world.settle();
+    expect([...node.kernel.nexthops.keys()]).toEqual([first]);
+    // Reached without a tunnel from now on.
+    world.etcd.put("config", config({ ...VXLAN, DirectRouting: true }));
+    await world.pass(10_000);
+    expect(routes(node)).toEqual(["10.3.101.0/24 via 192.168.0.101 dev eth0"]);
+    expect(node.kernel.nexthops.size).toBe(0);
+  });
+
+  test("routes are plain where the kernel does not show what is behind a nexthop, and those of flanneld stay so", async () => {
+    const world = new World();
+    world.etcd.put("config", config(VXLAN));
+    addPeer(world, 1);
+    const node = world.addNode();
+    node.kernel.showsNexthops = false;
+    node.start();
+    await world.settle();
+    expect(routes(node)).toEqual(["10.3.101.0/24 via 10.3.101.0 dev flannel.1"]);
+    expect(node.kernel.nexthops.size).toBe(0);
+    // As with routes of flanneld, there is nothing to be done about it.
+    node.kernel.showsNexthops = true;
+    forget(node);
+    await world.pass(2 * node.options.resyncMs);
+    expect(node.kernel.writes).toEqual([]);
+    addPeer(world, 2);
+    await world.settle();
+    expect(node.kernel.nexthops.size).toBe(1);
+    expect(routes(node)).toHaveLength(2);
   });
 });
 
@@ -160,9 +203,17 @@ describe("peers", () => {
 
 describe("drift", () => {
   const acts: [string, (node: Node, index: number) => void][] = [
+    ["a route deleted", ({ kernel }) => kernel.deleteRoute({ destination: cidr("10.3.101.0/24") })],
     [
-      "a route deleted",
-      ({ kernel }, outIndex) => kernel.deleteRoute({ destination: cidr("10.3.101.0/24"), outIndex }),
+      "a nexthop deleted, with the route by it",
+      ({ kernel }) => kernel.deleteNexthop(nexthopIdOf(cidr("10.3.101.0/24")) ?? 0),
+    ],
+    [
+      "a route made plain",
+      ({ kernel }, outIndex) => {
+        const [destination, gateway] = [cidr("10.3.101.0/24"), ip("10.3.101.0")];
+        kernel.replaceRoute({ destination, gateway, outIndex, onlink: true });
+      },
     ],
     [
       "a route replaced by another hand",
@@ -305,7 +356,7 @@ describe("drift that no notification tells of", () => {
 describe("many leases at once", () => {
   const PEERS = 1200;
   /** What one turn of the event loop may write, so that it is over within milliseconds. */
-  const MOST = 2500;
+  const MOST = 3000;
 
   const addMany = (world: World): void => {
     for (let n = 0; n < PEERS; n++) {
@@ -496,7 +547,7 @@ describe("cost", () => {
     forget(node);
     world.etcd.put("subnets/10.200.7.0-24", record("172.20.0.7", MAC(7)));
     await world.settle();
-    expect(node.kernel.writes).toHaveLength(3);
+    expect(node.kernel.writes).toHaveLength(4);
     expect(node.dataplane.writes).toHaveLength(2);
     expect(node.kernel.surveys).toBe(0);
     expect(node.kernel.lookups).toBe(1);

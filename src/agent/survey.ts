@@ -2,7 +2,7 @@
  * Reads the kernel's tables again, some rows at a time, so that others have their turn in between however many peers there
  * are. Notifications and our own writes go on meanwhile, and are newer than what is read.
  */
-import type { Host, HostRows, HostTable, NetlinkEvent } from "../core/host.ts";
+import type { Host, HostEvent, HostRows, HostTable } from "../core/host.ts";
 import type { Table } from "../core/table.ts";
 import type { World } from "../core/world.ts";
 
@@ -47,7 +47,7 @@ export function* survey(
   kernel: Pick<World["kernel"], "read">,
   tables: readonly HostTable[],
   view: <Name extends HostTable>(table: Name) => View<HostRows[Name]> | undefined = () => undefined,
-): Generator<readonly NetlinkEvent[], void> {
+): Generator<readonly HostEvent[], void> {
   for (const table of tables) yield* surveyTable(host, kernel, table, view(table));
 }
 
@@ -56,7 +56,7 @@ function* surveyTable<Name extends HostTable>(
   kernel: Pick<World["kernel"], "read">,
   table: Name,
   view: View<HostRows[Name]> | undefined,
-): Generator<readonly NetlinkEvent[], void> {
+): Generator<readonly HostEvent[], void> {
   const mirror = host.survey(table);
   try {
     // What the first reading missed may only have moved while it was under way.
@@ -70,7 +70,7 @@ function* surveyTable<Name extends HostTable>(
       }
       if (mirror.isComplete && (view?.isComplete ?? true)) break;
     }
-    let changes: NetlinkEvent[] = [];
+    let changes: HostEvent[] = [];
     for (const change of mirror.changes()) {
       if (changes.push(change) < CHANGES) continue;
       yield changes;

@@ -2,7 +2,7 @@
  * Writes the differences of tables into the kernel. Each row has its own outcome: one that is refused stays
  * different, waits for its own pause and holds up no other; the log tells of it once.
  */
-import type { Write } from "../core/host.ts";
+import { nexthopIdOf, type Write } from "../core/host.ts";
 import {
   type AttachmentRow,
   type FdbRow,
@@ -18,10 +18,11 @@ import type { Steps } from "./chore.ts";
 /** Rows that are written in one go, which takes some milliseconds; what is removed is not so many as a rule. */
 const ROWS_PER_GO = 1000;
 
-/** How rows of a kernel table are written and removed. */
+/** How rows of a kernel table are written and removed, each by some writes in this order. */
 export interface RowWrites<Row> {
-  put(row: Row): Write;
-  remove(row: Row): Write;
+  /** In the place of `have`, if there is one. */
+  put(row: Row, have: Row | undefined): readonly Write[];
+  remove(row: Row): readonly Write[];
 }
 
 export class Writer {
@@ -103,7 +104,7 @@ export class Writer {
 
   /** Writes wanted rows of a kernel table, those that may be put already. Returns false if there are more than go at once. */
   put<Row>(table: Table<Row>, writes: RowWrites<Row>, mayPut: (row: Row) => boolean = () => true): boolean {
-    return this.#write(table, "put", (row) => writes.put(row), mayPut, ROWS_PER_GO);
+    return this.#write(table, "put", (row, have) => writes.put(row, have), mayPut, ROWS_PER_GO);
   }
 
   /** Removes the rows of a kernel table that are not wanted. */
@@ -120,29 +121,40 @@ export class Writer {
   #write<Row>(
     table: Table<Row>,
     what: "put" | "remove",
-    writeOf: (row: Row) => Write,
+    writesOf: (row: Row, have: Row | undefined) => readonly Write[],
     mayPut: (row: Row) => boolean,
     most: number,
   ): boolean {
     const differences: Difference<Row>[] = [];
     const writes: Write[] = [];
+    /** Which difference each write is for. */
+    const rowOf: number[] = [];
     let isAll = true;
     for (const difference of table.differences()) {
       const { want, have } = difference;
       const row = what === "put" ? want : want === undefined ? have : undefined;
       if (row === undefined || (what === "put" && !mayPut(row))) continue;
-      if (writes.length === most) {
+      if (differences.length === most) {
         isAll = false;
         break;
       }
+      for (const write of writesOf(row, have)) {
+        writes.push(write);
+        rowOf.push(differences.length);
+      }
       differences.push(difference);
-      writes.push(writeOf(row));
     }
     if (writes.length === 0) return true;
     const results = this.#attempts.must(table.name, () => this.#world.kernel.apply(writes));
+    // What is at fault comes first: a route by a nexthop that was refused is refused as well.
+    const errors = new Map<number, Error>();
+    results.forEach((error, index) => {
+      const row = rowOf[index];
+      if (error !== undefined && row !== undefined && !errors.has(row)) errors.set(row, error);
+    });
     const refused = new Map<string, string>();
     differences.forEach(({ key, want }, index) => {
-      const error = results[index];
+      const error = errors.get(index);
       if (error === undefined) table.observe(key, want);
       else refused.set(key, error.message);
     });
@@ -196,32 +208,68 @@ export class Writer {
   }
 }
 
-export const ROUTES: RowWrites<RouteRow> = {
-  put(row) {
-    const { gateway, outIndex, onlink, mtu } = row;
-    const destination = { address: row.destination, length: row.prefixLength };
-    return { write: "replaceRoute", destination, gateway, outIndex, onlink, mtu, protocol: ROUTE_PROTOCOL };
-  },
-  remove(row) {
-    const destination = { address: row.destination, length: row.prefixLength };
-    return { write: "deleteRoute", destination, gateway: row.gateway, outIndex: row.outIndex };
-  },
-};
+/**
+ * Of routes with a gateway, the kernel looks through all on one interface for another like it each time one is written: the
+ * ten thousandth takes it as long as some hundred others. It finds a nexthop object by its number, so that a route through
+ * a tunnel, of which each has a gateway of its own, gets one where the kernel shows what is behind it. flanneld's routes are
+ * plain and serve as they are.
+ */
+export function routeWrites(byNexthops: boolean): RowWrites<RouteRow> {
+  const nexthopIdFor = ({ destination, prefixLength, gateway, onlink }: RouteRow): number | undefined =>
+    gateway === undefined || !onlink
+      ? undefined
+      : nexthopIdOf({ address: destination, length: prefixLength });
+  return {
+    put(row, have) {
+      const { gateway, outIndex, onlink, mtu } = row;
+      const destination = { address: row.destination, length: row.prefixLength };
+      const route = { write: "replaceRoute", destination, mtu, protocol: ROUTE_PROTOCOL } as const;
+      const nexthopId = byNexthops ? nexthopIdFor(row) : undefined;
+      if (gateway !== undefined && nexthopId !== undefined) {
+        const nexthop = { id: nexthopId, gateway, outIndex, protocol: ROUTE_PROTOCOL };
+        return [
+          { write: "replaceNexthop", ...nexthop },
+          { ...route, nexthopId },
+        ];
+      }
+      const former = have && nexthopIdFor(have);
+      const plain: Write = { ...route, gateway, outIndex, onlink };
+      return former === undefined ? [plain] : [plain, { write: "deleteNexthop", id: former }];
+    },
+    remove(row) {
+      const destination = { address: row.destination, length: row.prefixLength };
+      const plain: Write = {
+        write: "deleteRoute",
+        destination,
+        gateway: row.gateway,
+        outIndex: row.outIndex,
+      };
+      const nexthopId = nexthopIdFor(row);
+      if (nexthopId === undefined) return [plain];
+      // The route first: if the nexthop took it along, the kernel would tell nobody.
+      return [
+        { write: "deleteRoute", destination, nexthopId },
+        plain,
+        { write: "deleteNexthop", id: nexthopId },
+      ];
+    },
+  };
+}
 
 export const NEIGHBOURS: RowWrites<NeighbourRow> = {
   put(row) {
-    return { write: "replaceNeighbour", ...row, permanent: true };
+    return [{ write: "replaceNeighbour", ...row, permanent: true }];
   },
   remove(row) {
-    return { write: "deleteNeighbour", index: row.index, address: row.address };
+    return [{ write: "deleteNeighbour", index: row.index, address: row.address }];
   },
 };
 
 export const FDB: RowWrites<FdbRow> = {
   put(row) {
-    return { write: "replaceFdb", ...row };
+    return [{ write: "replaceFdb", ...row }];
   },
   remove(row) {
-    return { write: "deleteFdb", ...row };
+    return [{ write: "deleteFdb", ...row }];
   },
 };

@@ -1,8 +1,9 @@
 /** `twill uninstall`: takes Twill off this node. */
 import { Command } from "commander";
 import { isTunnelDevice } from "../core/backends.ts";
+import { destinationOf } from "../core/host.ts";
 import { ROUTE_PROTOCOL } from "../core/image.ts";
-import { contains, formatCidr } from "../core/ipv4.ts";
+import { contains, formatCidr, type Prefix } from "../core/ipv4.ts";
 import { reservePorts } from "../core/ports.ts";
 import { readConfig, removeDataplane } from "../edge/dataplane.ts";
 import { RESERVED_PORTS, readSysctl, writeSysctl } from "../edge/host.ts";
@@ -26,22 +27,29 @@ function uninstall(pinPath: string, keepRoutes: boolean): string[] {
       pinPath,
       links.map(({ index }) => index),
     );
-    if (keepRoutes) return gone;
     const network =
       daemon?.network?.network ??
       (config === undefined
         ? undefined
         : { address: config.network4, length: lengthOf(config.network4_mask) });
     const overlay = config?.overlay_ifindex ?? 0;
-    if (network !== undefined) {
-      for (const route of netlink.routes({ table: 254 })) {
-        const isOurs = route.protocol === ROUTE_PROTOCOL || (overlay !== 0 && route.outIndex === overlay);
-        if (!isOurs || !contains(network, route.destination.address)) continue;
-        const { destination, gateway, outIndex, type } = route;
-        if (netlink.deleteRoute({ destination, gateway, outIndex, type }))
-          gone.push(`route ${formatCidr(destination)}`);
+    const isInNetwork = ({ address }: Prefix): boolean => network !== undefined && contains(network, address);
+    for (const route of netlink.routes({ table: 254 })) {
+      const isOurs = route.protocol === ROUTE_PROTOCOL || (overlay !== 0 && route.outIndex === overlay);
+      if (!isOurs || !isInNetwork(route.destination)) continue;
+      const { destination, gateway, outIndex, onlink, mtu, protocol, type, nexthopId } = route;
+      if (keepRoutes) {
+        if (nexthopId !== undefined)
+          netlink.replaceRoute({ destination, gateway, outIndex, onlink, mtu, protocol });
+        continue;
       }
+      const by = nexthopId === undefined ? { gateway, outIndex } : { nexthopId };
+      if (netlink.deleteRoute({ destination, type, ...by })) gone.push(`route ${formatCidr(destination)}`);
     }
+    // flanneld, which has plain routes, leaves them when it puts its own in the place of ours.
+    for (const { id, protocol } of netlink.nexthops())
+      if (protocol === ROUTE_PROTOCOL && isInNetwork(destinationOf(id))) netlink.deleteNexthop(id);
+    if (keepRoutes) return gone;
     const device = links.find((link) => isTunnelDevice(link) && link.index === overlay);
     const named = links.find((link) => isTunnelDevice(link) && link.name === daemon?.device);
     for (const link of new Set([device, named])) {

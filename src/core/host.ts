@@ -101,6 +101,8 @@ export interface Route {
   readonly source: Ipv4 | undefined;
   /** The paths of a multipath route; empty for any other. */
   readonly nexthops: readonly Nexthop[];
+  /** The nexthop object that it leads by, if it does; gateway and interface are that one's. */
+  readonly nexthopId: number | undefined;
 }
 
 /** One IPv4 neighbour (ARP) entry. */
@@ -146,8 +148,13 @@ export type NetlinkEvent =
   | { readonly kind: "route"; readonly change: Change; readonly row: Route }
   | { readonly kind: "neighbour"; readonly change: Change; readonly row: Neighbour }
   | { readonly kind: "fdb"; readonly change: Change; readonly row: FdbEntry }
+  /** Of nexthop objects, only that they went is told. With one go the routes by it, of which the kernel says nothing. */
+  | { readonly kind: "nexthop"; readonly change: "delete"; readonly row: { readonly id: number } }
   /** A filter at a clsact hook, or that qdisc itself. There is no mirror of these. */
   | { readonly kind: "filter"; readonly change: Change; readonly row: FilterPlace };
+
+/** A change of the mirror, or of what has none. */
+export type HostEvent = Exclude<NetlinkEvent, { readonly kind: "nexthop" }>;
 
 type Change = "new" | "delete";
 
@@ -192,6 +199,25 @@ export interface RouteSpec {
   readonly type?: number | undefined;
   /** 254, main, by default. */
   readonly table?: number | undefined;
+  /** It leads by this nexthop object, which has the gateway and the interface. */
+  readonly nexthopId?: number | undefined;
+}
+
+/** The longest prefix whose own bits leave room for its length. */
+const NEXTHOP_LENGTH_MAX = 27;
+
+/**
+ * The number of the nexthop object that our route to a destination leads by: its address, and in the bits that are zero
+ * there its length, so that no two routes share one. Undefined if there is no room for that.
+ */
+export function nexthopIdOf({ address, length }: Prefix): number | undefined {
+  return length <= NEXTHOP_LENGTH_MAX ? address + length : undefined;
+}
+
+/** What `nexthopIdOf` gave that number. */
+export function destinationOf(nexthopId: number): Prefix {
+  const length = nexthopId % 32;
+  return { address: nexthopId - length, length };
 }
 
 /** One change to the kernel's tables. */
@@ -208,6 +234,16 @@ export type Write =
     }
   | { readonly write: "addAddress" | "deleteAddress"; readonly index: number; readonly address: Prefix }
   | ({ readonly write: "replaceRoute" | "deleteRoute" } & RouteSpec)
+  /** A gateway on an interface, on which it counts as on the link. `protocol` is that of a route. */
+  | {
+      readonly write: "replaceNexthop";
+      readonly id: number;
+      readonly gateway: Ipv4;
+      readonly outIndex: number;
+      readonly protocol: number;
+    }
+  /** With it go the routes by it that are left. */
+  | { readonly write: "deleteNexthop"; readonly id: number }
   | {
       readonly write: "replaceNeighbour";
       readonly index: number;
@@ -242,6 +278,7 @@ export interface Path {
   readonly ethernet: boolean;
 }
 
+const RT_TABLE_MAIN = 254;
 const RTN_LOCAL = 2;
 const NUD_INCOMPLETE = 0x01;
 const NUD_FAILED = 0x20;
@@ -271,7 +308,7 @@ export type HostTable = keyof HostRows;
 
 // Keys of rows on one interface. There may be one of each for every peer, so what the row has already serves as far as it does.
 const addressKey = (row: Address): string => `${row.address}/${row.prefixLength}`;
-const routeKey = (row: Route): string =>
+const routeKey = (row: Pick<Route, "destination" | "table" | "metric" | "tos">): string =>
   `${row.table} ${row.destination.address}/${row.destination.length} ${row.metric} ${row.tos}`;
 const neighbourKey = (row: Neighbour): number => row.address;
 const fdbKey = ({ mac, masterIndex, vlan }: FdbEntry): string =>
@@ -297,6 +334,15 @@ class Rows<Row> {
 
   *values(): Generator<Row> {
     for (const rows of this.byIndex.values()) yield* rows.values();
+  }
+
+  /** The row of a key, where there is one of each. */
+  get(key: string | number): Row | undefined {
+    for (const rows of this.byIndex.values()) {
+      const row = rows.get(key);
+      if (row !== undefined) return row;
+    }
+    return undefined;
   }
 
   /** The rows on one interface. */
@@ -380,13 +426,24 @@ export class Host {
   }
 
   /**
-   * Follows one notification. Returns it with all that it means: of what goes with a link that is deleted, and of
-   * the routes that go with one that is down, the kernel says nothing itself.
+   * Follows one notification. Returns all that it means: of what goes with a link that is deleted, of the routes that go
+   * with one that is down, and of those that go with a nexthop object of ours, the kernel says nothing itself.
    */
-  apply(event: NetlinkEvent): readonly NetlinkEvent[] {
-    const events = event.kind === "link" ? [...this.implied(event.row, event.change), event] : [event];
+  apply(event: NetlinkEvent): readonly HostEvent[] {
+    const events =
+      event.kind === "link"
+        ? [...this.implied(event.row, event.change), event]
+        : event.kind === "nexthop"
+          ? [...this.routesBy(event.row.id)]
+          : [event];
     for (const each of events) this.take(each);
     return events;
+  }
+
+  private *routesBy(nexthopId: number): Generator<HostEvent> {
+    const destination = destinationOf(nexthopId);
+    const row = this.routes.get(routeKey({ destination, table: RT_TABLE_MAIN, metric: 0, tos: 0 }));
+    if (row?.nexthopId === nexthopId) yield { kind: "route", change: "delete", row };
   }
 
   /** The link of this name, if there is one. */
@@ -395,7 +452,7 @@ export class Host {
     return undefined;
   }
 
-  private *implied({ index, up }: Link, change: Change): Generator<NetlinkEvent> {
+  private *implied({ index, up }: Link, change: Change): Generator<HostEvent> {
     if (change === "new" && up) return;
     const isGone = change === "delete";
     for (const row of this.routes.of(index)) {
@@ -408,7 +465,7 @@ export class Host {
     for (const row of this.fdb.of(index)) yield { kind: "fdb", change: "delete", row };
   }
 
-  private take(event: NetlinkEvent): void {
+  private take(event: HostEvent): void {
     for (const survey of this.surveys) survey.heard(event);
     switch (event.kind) {
       case "link":
@@ -485,7 +542,7 @@ export class Survey {
   }
 
   /** There was a notification. */
-  heard({ kind, change, row }: NetlinkEvent): void {
+  heard({ kind, change, row }: HostEvent): void {
     if (kind === "link" && (change === "delete" || !row.up)) this.down.add(row.index);
     if (kind === this.table) this.newer.add(this.mirror.nameOf(row));
   }
@@ -497,13 +554,13 @@ export class Survey {
   }
 
   /** The changes that make the mirror as the kernel is, each as of the moment it is taken. */
-  *changes(): Generator<NetlinkEvent> {
+  *changes(): Generator<HostEvent> {
     for (const [name, row] of this.found) {
       if (!this.newer.has(name) && !this.down.has("outIndex" in row ? row.outIndex : row.index))
-        yield { kind: this.table, change: "new", row } as NetlinkEvent;
+        yield { kind: this.table, change: "new", row } as HostEvent;
     }
     for (const row of this.unseen) {
-      if (this.mirror.like(row) === row) yield { kind: this.table, change: "delete", row } as NetlinkEvent;
+      if (this.mirror.like(row) === row) yield { kind: this.table, change: "delete", row } as HostEvent;
     }
   }
 }

@@ -80,6 +80,8 @@ export interface World {
      * configure it by itself. Returns how many were otherwise.
      */
     keepSysctls(device: string | undefined): number;
+    /** Whether a route by a nexthop object is listed with the gateway and the interface of that one. */
+    showsNexthops(): boolean;
   };
   readonly dataplane: {
     /**

@@ -2,7 +2,7 @@
  * The bytes of rtnetlink that the kernel sends, read into rows; `netlink-request.ts` is the other direction and
  * `netlink.ts` owns the sockets. No IO happens here.
  *
- * Layouts are those of linux/netlink.h, rtnetlink.h, if_link.h, if_addr.h and neighbour.h. A datagram holds
+ * Layouts are those of linux/netlink.h, rtnetlink.h, if_link.h, if_addr.h, neighbour.h and nexthop.h. A datagram holds
  * messages, a message a fixed header (`ifinfomsg`, `rtmsg`, ...) and attributes, each padded to four bytes.
  * Integers are in host order, which is little-endian on every machine that runs Twill; addresses and ports
  * are in network order. Nothing that arrives is trusted: a length that reaches past its container throws
@@ -70,6 +70,7 @@ export const RTM = {
   ...{ NEWROUTE: 24, DELROUTE: 25, GETROUTE: 26 },
   ...{ NEWNEIGH: 28, DELNEIGH: 29, GETNEIGH: 30 },
   ...{ NEWQDISC: 36, DELQDISC: 37, NEWTFILTER: 44, DELTFILTER: 45 },
+  ...{ NEWNEXTHOP: 104, DELNEXTHOP: 105, GETNEXTHOP: 106 },
 } as const;
 
 // Attribute types, one object per container.
@@ -85,8 +86,9 @@ export const VXLAN = {
 export const IFA = { ADDRESS: 1, LOCAL: 2, LABEL: 3, FLAGS: 8 } as const;
 export const RTA = {
   ...{ DST: 1, SRC: 2, OIF: 4, GATEWAY: 5, PRIORITY: 6, PREFSRC: 7, METRICS: 8 },
-  ...{ MULTIPATH: 9, TABLE: 15, MARK: 16, VIA: 18 },
+  ...{ MULTIPATH: 9, TABLE: 15, MARK: 16, VIA: 18, NH_ID: 30 },
 } as const;
+export const NHA = { ID: 1, OIF: 5, GATEWAY: 6 } as const;
 export const RTAX_MTU = 2;
 export const NDA = { DST: 1, LLADDR: 2, VLAN: 5, MASTER: 9 } as const;
 
@@ -394,7 +396,7 @@ export function decodeRoute(buffer: Buffer, message: Message): Route | undefined
   const flags = buffer.readUInt32LE(at + 8);
   let address: Ipv4 = 0;
   let [gateway, source]: (Ipv4 | undefined)[] = [];
-  let [outIndex, mtu]: (number | undefined)[] = [];
+  let [outIndex, mtu, nexthopId]: (number | undefined)[] = [];
   let table = buffer.readUInt8(at + 4);
   let metric = 0;
   let viaIpv6 = false;
@@ -409,6 +411,7 @@ export function decodeRoute(buffer: Buffer, message: Message): Route | undefined
     else if (attributes.type === RTA.PREFSRC) source = attributes.ipv4();
     else if (attributes.type === RTA.METRICS) mtu = decodeMtu(attributes.nested());
     else if (attributes.type === RTA.VIA) viaIpv6 = true;
+    else if (attributes.type === RTA.NH_ID) nexthopId = attributes.u32();
     else if (attributes.type === RTA.MULTIPATH) {
       const { start, end } = attributes.range();
       nexthops = decodeNexthops(buffer, start, end);
@@ -430,7 +433,25 @@ export function decodeRoute(buffer: Buffer, message: Message): Route | undefined
     mtu,
     source,
     nexthops,
+    nexthopId,
   };
+}
+
+/** A nexthop object of any family. */
+export interface NexthopObject {
+  readonly id: number;
+  /** RTPROT of who made it. */
+  readonly protocol: number;
+}
+
+/** Reads an `nhmsg`. */
+export function decodeNexthop(buffer: Buffer, message: Message): NexthopObject {
+  const at = fixed(message, 8);
+  let id: number | undefined;
+  const attributes = new Attributes(buffer, at + 8, message.end);
+  while (attributes.advance()) if (attributes.type === NHA.ID) id = attributes.u32();
+  if (id === undefined) throw new MalformedMessage("a nexthop message names no number");
+  return { id, protocol: buffer.readUInt8(at + 2) };
 }
 
 /** Reads an `ndmsg` of family IPv4; undefined for any other. */
@@ -514,6 +535,8 @@ export function decodeEvent(buffer: Buffer, message: Message): NetlinkEvent | un
       const row = decodeRoute(buffer, message);
       return row && { kind: "route", change, row };
     }
+    case RTM.DELNEXTHOP:
+      return { kind: "nexthop", change: "delete", row: { id: decodeNexthop(buffer, message).id } };
     case RTM.NEWNEIGH:
     case RTM.DELNEIGH: {
       const entry = decodeFdb(buffer, message);

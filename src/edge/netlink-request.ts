@@ -16,6 +16,7 @@ import {
   IFLA,
   INFO,
   NDA,
+  NHA,
   NLM_F,
   NTF,
   NUD,
@@ -27,7 +28,7 @@ import {
 } from "./netlink-codec.ts";
 
 /** The tables that can be listed. */
-export type Table = "links" | "addresses" | "routes" | "neighbours" | "fdb";
+export type Table = "links" | "addresses" | "routes" | "neighbours" | "fdb" | "nexthops";
 
 /** What to ask the kernel's route lookup besides the destination. */
 export interface RouteQuery {
@@ -175,6 +176,10 @@ function ndmsg(family: number, index: number, state = 0, flags = 0): number[] {
   return [family, 0, 0, 0, ...bytes32(index), state, 0, flags, 0];
 }
 
+function nhmsg(family = 0, protocol = 0, flags = 0): number[] {
+  return [family, 0, protocol, 0, ...bytes32(flags)];
+}
+
 /** Requests every row of a table; `routeTable` narrows routes to one routing table (0: all). */
 export function encodeDump(writer: Writer, sequence: number, table: Table, routeTable = 0): void {
   if (table === "links") {
@@ -185,6 +190,8 @@ export function encodeDump(writer: Writer, sequence: number, table: Table, route
   } else if (table === "routes") {
     writer.begin(RTM.GETROUTE, NLM_F.DUMP, sequence, [AF.INET, 0, 0, 0, 0, 0, 0, 0, ...bytes32(0)]);
     if (routeTable !== 0) writer.attribute32(RTA.TABLE, routeTable);
+  } else if (table === "nexthops") {
+    writer.begin(RTM.GETNEXTHOP, NLM_F.DUMP, sequence, nhmsg());
   } else {
     const family = table === "fdb" ? AF.BRIDGE : AF.INET;
     writer.begin(RTM.GETNEIGH, NLM_F.DUMP, sequence, ndmsg(family, 0));
@@ -254,6 +261,21 @@ function encode(writer: Writer, sequence: number, write: Write): void {
     case "replaceRoute":
     case "deleteRoute":
       encodeRoute(writer, sequence, write, write.write === "deleteRoute");
+      break;
+    case "replaceNexthop":
+      writer.begin(
+        RTM.NEWNEXTHOP,
+        NLM_F.CREATE | NLM_F.REPLACE,
+        sequence,
+        nhmsg(AF.INET, write.protocol, RTNH_F.ONLINK),
+      );
+      writer.attribute32(NHA.ID, write.id);
+      writer.attribute32(NHA.OIF, write.outIndex);
+      writer.ipv4(NHA.GATEWAY, write.gateway);
+      break;
+    case "deleteNexthop":
+      writer.begin(RTM.DELNEXTHOP, 0, sequence, nhmsg());
+      writer.attribute32(NHA.ID, write.id);
       break;
     case "replaceNeighbour": {
       const state = write.permanent ? NUD.PERMANENT : NUD.REACHABLE;
@@ -331,7 +353,8 @@ function encodeRoute(writer: Writer, sequence: number, route: RouteSpec, remove:
   const { destination, table = RT_TABLE_MAIN } = route;
   // In a deletion 0 and NOWHERE are the wildcards; the route's own values narrow it.
   const protocol = route.protocol ?? (remove ? 0 : RTPROT_BOOT);
-  const direct = route.gateway === undefined ? RT_SCOPE_LINK : RT_SCOPE_UNIVERSE;
+  const isDirect = route.gateway === undefined && route.nexthopId === undefined;
+  const direct = isDirect ? RT_SCOPE_LINK : RT_SCOPE_UNIVERSE;
   const scope =
     route.scope ?? (remove ? RT_SCOPE_NOWHERE : route.type === RTN_BLACKHOLE ? RT_SCOPE_UNIVERSE : direct);
   const address = networkOf(destination.address, destination.length);
@@ -345,6 +368,7 @@ function encodeRoute(writer: Writer, sequence: number, route: RouteSpec, remove:
   if (table >= 256) writer.attribute32(RTA.TABLE, table);
   if (route.gateway !== undefined) writer.ipv4(RTA.GATEWAY, route.gateway);
   if (route.outIndex !== undefined) writer.attribute32(RTA.OIF, route.outIndex);
+  if (route.nexthopId !== undefined) writer.attribute32(RTA.NH_ID, route.nexthopId);
   if (route.metric !== undefined) writer.attribute32(RTA.PRIORITY, route.metric);
   if (route.source !== undefined) writer.ipv4(RTA.PREFSRC, route.source);
   const { mtu } = route;
@@ -371,9 +395,14 @@ export function describeWrite(write: Write): string {
     case "deleteRoute": {
       const verb = write.write === "replaceRoute" ? "write" : "delete";
       const via = write.gateway === undefined ? "" : ` via ${formatIpv4(write.gateway)}`;
-      const on = write.outIndex === undefined ? "" : ` on interface ${write.outIndex}`;
+      const by = write.nexthopId === undefined ? "" : ` by nexthop ${write.nexthopId}`;
+      const on = write.outIndex === undefined ? by : ` on interface ${write.outIndex}`;
       return `${verb} route ${formatCidr(write.destination)}${via}${on}`;
     }
+    case "replaceNexthop":
+      return `write nexthop ${write.id} via ${formatIpv4(write.gateway)} on interface ${write.outIndex}`;
+    case "deleteNexthop":
+      return `delete nexthop ${write.id}`;
     case "replaceNeighbour":
       return `write neighbour ${formatIpv4(write.address)} (${write.mac}) on interface ${write.index}`;
     case "deleteNeighbour":

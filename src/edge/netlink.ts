@@ -35,10 +35,12 @@ import {
   decodeFdb,
   decodeLink,
   decodeNeighbour,
+  decodeNexthop,
   decodeRoute,
   MalformedMessage,
   type Message,
   messages,
+  type NexthopObject,
   NLM_F,
   NLMSG_DONE,
   NLMSG_ERROR,
@@ -117,6 +119,8 @@ export interface Netlink {
   neighbours(): Neighbour[];
   /** Entries of all bridges and VXLAN devices. */
   fdb(): FdbEntry[];
+  /** The nexthop objects of whoever made them. */
+  nexthops(): NexthopObject[];
   /**
    * The rows of a table a datagram's worth at a time, which takes about a millisecond: a table of many thousands need not be
    * listed in one go. Each row is as it was when the ones before it were taken, or later. Of rows that stay, the kernel may
@@ -145,6 +149,7 @@ export interface Netlink {
   /** Adds the route, or puts it in the place of the one with its destination and metric. */
   replaceRoute(route: RouteSpec): void;
   deleteRoute(route: RouteSpec): boolean;
+  deleteNexthop(id: number): boolean;
   replaceNeighbour(neighbour: {
     readonly index: number;
     readonly address: Ipv4;
@@ -182,8 +187,8 @@ const NETLINK_ADD_MEMBERSHIP = 1;
 const NETLINK_CAP_ACK = 10;
 const NETLINK_EXT_ACK = 11;
 const NETLINK_GET_STRICT_CHK = 12;
-/** RTNLGRP numbers: link, neighbour (also FDB), traffic control, IPv4 address, IPv4 route. */
-const GROUPS = [1, 3, 4, 5, 7];
+/** RTNLGRP numbers: link, neighbour (also FDB), traffic control, IPv4 address, IPv4 route, nexthop. */
+const GROUPS = [1, 3, 4, 5, 7, 32];
 const RTN_LOCAL = 2;
 
 const { EINTR, EAGAIN, ENOBUFS, EBADMSG, EINVAL, ENETUNREACH, EHOSTUNREACH, EACCES } = constants.errno;
@@ -617,7 +622,7 @@ export function openNetlink(listener?: Listener): Netlink {
   };
   const remove = (write: Write): boolean => {
     const [error] = requester.submit([write]);
-    if (error && !GONE.has(error.errno)) throw error;
+    if (error && !isGone(write, error)) throw error;
     return error === undefined;
   };
   // Between two datagrams of a listing other requests have their answers, among them another listing.
@@ -671,6 +676,7 @@ export function openNetlink(listener?: Listener): Netlink {
     routes: ({ table } = {}) => requester.dump("routes", decodeRoute, table),
     neighbours: () => requester.dump("neighbours", decodeNeighbour),
     fdb: () => requester.dump("fdb", decodeFdb),
+    nexthops: () => requester.dump("nexthops", decodeNexthop),
     read,
     routeTo: (address, query = {}) => routesTo([address], query)[0],
     routesTo: (addresses) => routesTo(addresses, {}),
@@ -686,14 +692,15 @@ export function openNetlink(listener?: Listener): Netlink {
     deleteAddress: (index, address) => remove({ write: "deleteAddress", index, address }),
     replaceRoute: (route) => must({ write: "replaceRoute", ...route }),
     deleteRoute: (route) => remove({ write: "deleteRoute", ...route }),
+    deleteNexthop: (id) => remove({ write: "deleteNexthop", id }),
     replaceNeighbour: (neighbour) => must({ write: "replaceNeighbour", ...neighbour }),
     deleteNeighbour: (neighbour) => remove({ write: "deleteNeighbour", ...neighbour }),
     replaceFdb: (entry) => must({ write: "replaceFdb", ...entry }),
     deleteFdb: (entry) => remove({ write: "deleteFdb", ...entry }),
     apply: (writes) =>
       requester.submit(writes).map((error, i) => {
-        const gone = error && GONE.has(error.errno) && writes[i]?.write.startsWith("delete");
-        return gone ? undefined : error;
+        const write = writes[i];
+        return error !== undefined && write !== undefined && isGone(write, error) ? undefined : error;
       }),
     close: () => {
       if (!open) return;
@@ -717,6 +724,12 @@ const TABLES: {
   neighbour: ["neighbours", decodeNeighbour],
   fdb: ["fdb", decodeFdb],
 };
+
+/** Whether it was to be deleted and is not there. Of a nexthop that does not exist, a route by it is invalid as well. */
+function isGone(write: Write, { errno: number }: NetlinkError): boolean {
+  if (!write.write.startsWith("delete")) return false;
+  return GONE.has(number) || (number === EINVAL && "nexthopId" in write && write.nexthopId !== undefined);
+}
 
 /** A blackhole route answers a bare EINVAL; a request that is at fault comes with the kernel's words. */
 function isNoRoute(error: NetlinkError): boolean {

@@ -382,7 +382,7 @@ describe.each(MODES)("attached by %s", (mode) => {
     }
     expect(await ofSecond(a)).toEqual(hooksBefore);
     expect((await kernelOf(a.host)).hooks).toHaveLength(7);
-    expect(await a.host.ip("route show dev flannel.7")).toContain("10.9.22.0/24 via 10.9.22.0");
+    expect(await a.host.ip("route show dev flannel.7")).toMatch(/10\.9\.22\.0\/24 nhid \d+ via 10\.9\.22\.0/);
     expect((await a.host.ip("-o link show type vxlan")).match(/flannel\.\d+/g)).toEqual(["flannel.7"]);
     expect((await a.pod.ping(b.pod.address, { count: 3 })).received).toBe(0);
     await secondTraffic.flow();
@@ -393,6 +393,7 @@ describe.each(MODES)("attached by %s", (mode) => {
     expect(await kernelOf(a.host)).toEqual({ hooks: [], qdiscs: [] });
     expect(await a.host.ip("-o link show type vxlan")).toBe("");
     expect(await a.host.ip("route show proto 84")).toBe("");
+    expect(await a.host.ip("nexthop show")).toBe("");
   });
 });
 

@@ -186,7 +186,7 @@ describe("hosts 10.4.7.21 and 10.4.7.22, and 10.4.8.23 behind a router", () => {
     );
     expect(device?.addr_info).toMatchObject([{ local: "172.7.21.0", prefixlen: 32 }]);
     expect(await routeTo(h1, "172.7.22.0/24")).toMatch(
-      /^172\.7\.22\.0\/24 via 172\.7\.22\.0 dev flannel\.1 .*onlink$/,
+      /^172\.7\.22\.0\/24 nhid \d+ via 172\.7\.22\.0 dev flannel\.1 .*onlink$/,
     );
   });
 
@@ -277,7 +277,9 @@ describe("hosts 10.4.7.21 and 10.4.7.22, and 10.4.8.23 behind a router", () => {
     expect(await routeTo(h1, "172.7.22.0/24")).toMatch(/^172\.7\.22\.0\/24 via 10\.4\.7\.22 dev eth0/);
 
     expect(await tunnelledDuring(h3, () => expectTraffic(a, c))).toBeGreaterThan(80);
-    expect(await routeTo(h1, "172.7.23.0/24")).toMatch(/^172\.7\.23\.0\/24 via 172\.7\.23\.0 dev flannel\.1/);
+    expect(await routeTo(h1, "172.7.23.0/24")).toMatch(
+      /^172\.7\.23\.0\/24 nhid \d+ via 172\.7\.23\.0 dev flannel\.1/,
+    );
     expect(readFileSync(join(h1.directory, "subnet.env"), "utf8")).toBe(subnetFile(21, 1450));
   });
 

@@ -67,6 +67,10 @@ function samples(): Buffer {
       mtu: 1400,
       table: 1000,
     },
+    { write: "replaceRoute", destination: { address: 0x0a050200, length: 24 }, nexthopId: 0x0a050218 },
+    // Of one that is made we want to know nothing.
+    { write: "replaceNexthop", id: 0x0a050218, gateway: 0x0a050200, outIndex: 3, protocol: 84 },
+    { write: "deleteNexthop", id: 0x0a050218 },
     { write: "replaceNeighbour", index: 3, address: 1, mac: "0a:00:00:00:00:02", permanent: true },
 
     { write: "replaceFdb", index: 3, mac: "0a:00:00:00:00:02", dst: 0xc0000202 },
@@ -125,6 +129,14 @@ describe("rows survive the trip through bytes", () => {
     );
   });
 
+  it("routes by nexthops, and the end of one", () => {
+    const events = decoded(samples()) ?? [];
+    expect(events).toContainEqual(
+      expect.objectContaining({ kind: "route", row: expect.objectContaining({ nexthopId: 0x0a050218 }) }),
+    );
+    expect(events).toContainEqual({ kind: "nexthop", change: "delete", row: { id: 0x0a050218 } });
+  });
+
   it("neighbours and FDB entries", () => {
     fc.assert(
       fc.property(index, ipv4, mac, fc.boolean(), (on, address, hardware, permanent) => {
@@ -158,7 +170,7 @@ describe("what does not fit is refused", () => {
       const rows = decoded(Buffer.from(whole.subarray(0, length)));
       expect(rows !== undefined, `cut to ${length}`).toBe(ends.has(length));
     }
-    expect(decoded(whole)?.length).toBe(5);
+    expect(decoded(whole)?.filter((event) => event !== undefined).length).toBe(7);
   });
 
   it("a datagram longer than the buffer it was read into", () => {
@@ -221,6 +233,8 @@ describe("what does not fit is refused", () => {
       { write: "addAddress", index: 1.5, address: { address: 1, length: 32 } },
       { write: "replaceRoute", destination: { address: 2 ** 32, length: 24 }, gateway: 2 ** 32 },
       { write: "setLink", index: 1, mtu: -5 },
+      { write: "replaceNexthop", id: 2 ** 32, gateway: 1, outIndex: 1, protocol: 84 },
+      { write: "deleteNexthop", id: -1 },
     ];
     for (const write of bad) {
       expect(() => encodeWrite(writer, 1, write), describeWrite(write)).toThrow(RangeError);

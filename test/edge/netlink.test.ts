@@ -381,6 +381,45 @@ describe("writes", () => {
     expect(netlink.deleteAddress(index, prefix("10.5.72.0/32"))).toBe(false);
   });
 
+  it("leads routes by nexthops, as flanneld's lead by themselves, and tells of one that goes", async () => {
+    const index = netlink.createVxlan({ ...spec, parentIndex: uplink });
+    netlink.setLink(index, { up: true });
+    netlink.addAddress(index, prefix("10.5.72.0/32"));
+    const [destination, gateway, id] = [prefix("10.5.73.0/24"), address("10.5.73.0"), 0x0a054918];
+    const plain = { destination, gateway, outIndex: index, onlink: true, mtu: 1300 };
+    const [nexthop, route] = [
+      { write: "replaceNexthop", id, gateway, outIndex: index, protocol: 84 },
+      { write: "replaceRoute", destination, nexthopId: id, protocol: 84, mtu: 1300 },
+    ] as const;
+    const own = () => netlink.routes().find((row) => row.outIndex === index && row.destination.length === 24);
+    // Each takes the place of the other.
+    for (const _ of ["first", "second"]) {
+      netlink.replaceRoute(plain);
+      expect(own()).toMatchObject({ gateway, onlink: true, mtu: 1300, nexthopId: undefined });
+      expect(netlink.apply([nexthop, route])).toEqual([undefined, undefined]);
+      expect(own()).toMatchObject({ gateway, onlink: true, mtu: 1300, protocol: 84, nexthopId: id });
+      expect(netlink.routeTo(address("10.5.73.9"))).toMatchObject({ outIndex: index, gateway });
+    }
+    expect(netlink.nexthops()).toContainEqual({ id, protocol: 84 });
+    // By its number alone, and only while it is by that.
+    expect(netlink.deleteRoute(plain)).toBe(false);
+    expect(netlink.deleteRoute({ destination, nexthopId: id + 1 })).toBe(false);
+    expect(netlink.deleteRoute({ destination, nexthopId: id })).toBe(true);
+    netlink.apply([route]);
+    const recorder = new Recorder();
+    try {
+      expect(netlink.deleteNexthop(id)).toBe(true);
+      await recorder.event("nexthop", "delete", { id });
+      expect(recorder.events.filter(({ kind }) => kind === "route")).toEqual([]);
+      expect(own()).toBeUndefined();
+    } finally {
+      recorder.netlink.close();
+    }
+    expect(netlink.deleteNexthop(id)).toBe(false);
+    expect(netlink.apply([route])[0]).toMatchObject({ code: "EINVAL" });
+    expect(netlink.deleteLink(index)).toBe(true);
+  });
+
   it("moves an FDB entry to another remote instead of adding one", () => {
     const index = netlink.createVxlan({ ...spec, parentIndex: uplink });
     const mac = "0a:00:00:00:00:73";

@@ -332,6 +332,9 @@ export class FakeKernel {
   readonly links = new Map<number, Link>();
   readonly addresses = new Map<string, Address>();
   readonly routes = new Map<string, Route>();
+  readonly nexthops = new Map<number, { readonly gateway: Ipv4; readonly outIndex: number }>();
+  /** As with net.ipv4.nexthop_compat_mode: what is behind a nexthop is shown with the routes by it. */
+  showsNexthops = true;
   readonly neighbours = new Map<string, Neighbour>();
   readonly fdb = new Map<string, FdbEntry>();
   /** Notifications on their way. */
@@ -367,6 +370,7 @@ export class FakeKernel {
       if (isNew) this.quietened.add(device);
       return isNew ? 1 : 0;
     },
+    showsNexthops: () => this.showsNexthops,
   };
 
   /**
@@ -438,6 +442,7 @@ export class FakeKernel {
     this.links.delete(index);
     for (const [key, row] of this.addresses) if (row.index === index) this.addresses.delete(key);
     for (const [key, row] of this.routes) if (row.outIndex === index) this.routes.delete(key);
+    this.dropNexthops(index);
     for (const [key, row] of this.neighbours) if (row.index === index) this.neighbours.delete(key);
     for (const [key, row] of this.fdb) if (row.index === index) this.fdb.delete(key);
     this.onLinkGone(index);
@@ -472,6 +477,7 @@ export class FakeKernel {
     if (before.up && !up) {
       for (const [key, row] of this.routes)
         if (row.outIndex === index && row.type !== 2) this.routes.delete(key);
+      this.dropNexthops(index);
     }
     if (!before.up && up) {
       for (const row of this.addresses.values()) if (row.index === index) this.connect(row);
@@ -516,12 +522,38 @@ export class FakeKernel {
     if (route?.outIndex === index && route.protocol === 2) this.dropRoute(route);
   }
 
+  replaceNexthop(id: number, nexthop: { readonly gateway: Ipv4; readonly outIndex: number }): void {
+    this.needUp(nexthop.outIndex);
+    const { gateway, outIndex } = nexthop;
+    this.nexthops.set(id, { gateway, outIndex });
+    for (const [key, row] of this.routes)
+      if (row.nexthopId === id) this.routes.set(key, { ...row, gateway, outIndex });
+  }
+
+  /** The routes by it go without a word. */
+  deleteNexthop(id: number): void {
+    if (!this.nexthops.delete(id)) throw new Errno("ENOENT");
+    for (const [key, row] of this.routes) if (row.nexthopId === id) this.routes.delete(key);
+    this.events.push({ kind: "nexthop", change: "delete", row: { id } });
+  }
+
+  private dropNexthops(outIndex: number): void {
+    for (const [id, nexthop] of [...this.nexthops]) if (nexthop.outIndex === outIndex) this.deleteNexthop(id);
+  }
+
+  private needUp(index: number): void {
+    const link = this.links.get(index);
+    if (link === undefined) throw new Errno("ENODEV");
+    if (!link.up) throw new Errno("ENETDOWN");
+  }
+
   replaceRoute(spec: RouteSpec): void {
-    const { outIndex, gateway } = spec;
-    if (outIndex !== undefined) {
-      const link = this.links.get(outIndex);
-      if (link === undefined) throw new Errno("ENODEV");
-      if (!link.up) throw new Errno("ENETDOWN");
+    const { nexthopId } = spec;
+    const nexthop = nexthopId === undefined ? undefined : this.nexthops.get(nexthopId);
+    if (nexthopId !== undefined && nexthop === undefined) throw new Errno("EINVAL");
+    const { outIndex, gateway } = nexthop ?? spec;
+    if (nexthop === undefined && outIndex !== undefined) {
+      this.needUp(outIndex);
       if (gateway !== undefined && spec.onlink !== true && !this.isOnLink(outIndex, gateway)) {
         throw new Errno("ENETUNREACH");
       }
@@ -536,12 +568,13 @@ export class FakeKernel {
       scope: spec.scope ?? (gateway === undefined ? 253 : 0),
       type: spec.type ?? 1,
       tos: 0,
-      onlink: spec.onlink ?? false,
+      onlink: nexthop !== undefined || (spec.onlink ?? false),
       linkDown: false,
       metric: spec.metric ?? 0,
       mtu: spec.mtu,
       source: spec.source,
       nexthops: [],
+      nexthopId,
     };
     this.routes.set(keyOfRoute(row), row);
     this.events.push({ kind: "route", change: "new", row });
@@ -549,8 +582,13 @@ export class FakeKernel {
 
   deleteRoute(spec: RouteSpec): void {
     const row = this.routes.get(keyOfRoute(spec));
+    const { nexthopId } = spec;
     const fits =
       row !== undefined &&
+      // Of one by a nexthop object, the kernel takes that one's number alone for its name.
+      (nexthopId !== undefined || spec.gateway !== undefined || spec.outIndex !== undefined
+        ? row.nexthopId === nexthopId
+        : true) &&
       (spec.gateway === undefined || spec.gateway === row.gateway) &&
       (spec.outIndex === undefined || spec.outIndex === row.outIndex);
     if (!fits) throw new Errno("ESRCH");
@@ -657,6 +695,12 @@ export class FakeKernel {
       case "createPlain":
         if (this.hasLink(write.name)) throw new Errno("EEXIST");
         this.addLink(write.name, { kind: write.kind, mac: write.mac ?? this.freshMac(), mtu: write.mtu });
+        return;
+      case "replaceNexthop":
+        this.replaceNexthop(write.id, write);
+        return;
+      case "deleteNexthop":
+        this.deleteNexthop(write.id);
         return;
       case "deleteLink":
         this.deleteLink(write.index);

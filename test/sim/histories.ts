@@ -24,7 +24,16 @@ const LINES: readonly (readonly [weight: number, ...lines: readonly string[]])[]
   [3, "$n hold store", "$n hold netlink", "$n release", "$n overrun"],
   [2, "$n loses request", "$n loses answer"],
   [3, "$n deleted", "$n revoked", "$n overwritten"],
-  [4, "$n $d route $p", "$n $d foreign $p", "$n $d neighbour $p", "$n $d mac $p", "$n $d fdb", "$n $d stale"],
+  [
+    4,
+    "$n $d route $p",
+    "$n $d nexthop $p",
+    "$n $d foreign $p",
+    "$n $d neighbour $p",
+    "$n $d mac $p",
+    "$n $d fdb",
+    "$n $d stale",
+  ],
   [
     2,
     "$n amid $d route $p",

@@ -257,8 +257,10 @@ export class Invariants {
         this.onRemoval(node, `FDB entry ${write.mac}`, peerOfMac(write.mac));
         return;
       case "replaceRoute": {
-        const { gateway, outIndex, onlink } = write;
-        if (onlink !== true || gateway === undefined || this.nodesDrifted.has(node)) return;
+        const nexthop = write.nexthopId === undefined ? undefined : node.kernel.nexthops.get(write.nexthopId);
+        const { gateway, outIndex } = nexthop ?? write;
+        const isOnlink = nexthop !== undefined || write.onlink === true;
+        if (!isOnlink || gateway === undefined || this.nodesDrifted.has(node)) return;
         const mac = node.kernel.neighbours.get(`${outIndex} ${gateway}`)?.mac;
         if (mac === undefined || !node.kernel.fdb.has(`${outIndex} ${mac} 0`)) {
           this.say(`I5: ${node.name} wrote the route to ${cidrText(write.destination)} too early`);

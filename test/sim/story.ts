@@ -19,6 +19,7 @@
  *   n1 fails <what> | heals                      writes, dump, load, activate, rows, put, remove, attachments, ...
  *   calm                                         all is healed, and within a while all must be as it ought to be
  */
+import { nexthopIdOf } from "../../src/core/host.ts";
 import type { Network } from "../../src/core/model.ts";
 import { parseNetwork } from "../../src/core/network.ts";
 import { cidr, config, type DataplaneCall, ip, type Node, record, World } from "./fakes.ts";
@@ -287,6 +288,7 @@ export class Story {
     };
     const acts: Record<string, () => void> = {
       route: () => kernel.deleteRoute({ destination: { address, length: 24 } }),
+      nexthop: () => kernel.deleteNexthop(nexthopIdOf({ address, length: 24 }) ?? 0),
       foreign: () =>
         kernel.replaceRoute({
           destination: { address, length: 24 },
