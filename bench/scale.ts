@@ -4,8 +4,8 @@
  *
  *   start     from exec to the line "ready", when the last lease is in the kernel (counted afterwards)
  *   event     from etcd's answer to a put of one lease to its row in the map, one after the other
- *   memory    resident, after the start and the events
- *   idle      processor time of a minute without any event
+ *   memory    resident, some time after the start and the events
+ *   idle      processor time of a minute without any event, from then on
  *   loop      the longest time for which the event loop was held up, during the start, and in another minute without any
  *             event: watching it takes processor time
  *
@@ -24,6 +24,8 @@ import { describeMachine, publish } from "./machine.ts";
 const FIRST = 256;
 const EVENTS = 200;
 const PATIENCE = 120_000;
+/** After which a start and what follows from it are over. */
+const SETTLED_MS = 20_000;
 
 interface Figures {
   readonly startMs: number;
@@ -70,6 +72,7 @@ async function measure(leases: number, idleSeconds: number): Promise<Figures> {
       { timeout: PATIENCE },
     );
     const { answered } = JSON.parse(stdout) as { answered: number[] };
+    await setTimeout(SETTLED_MS);
     const residentMb = resident(twilld.process.pid);
     const before = processorMs(twilld.process.pid);
     await setTimeout(idleSeconds * 1000);

@@ -11,9 +11,8 @@ export const CODE_CACHE = `${BUNDLE}.cache`;
 
 /** Runs the daemon in this process, as Node would run the file, but without compiling what is compiled already. */
 export function start() {
-  // A daemon that waits needs no young generation of 48 MiB, and V8 gives back little of what a start took. With 10,000
-  // peers these two make 113 MB of 153 (make bench-scale).
-  setFlagsFromString("--semi-space-growth-factor=1 --optimize-for-size");
+  // A daemon that waits needs no young generation of 48 MiB, which V8 would not give back.
+  setFlagsFromString("--semi-space-growth-factor=1");
   const parameters = ["exports", "require", "module", "__filename", "__dirname"];
   // In its first line, so that lines are those of the file.
   const source = `(function (${parameters.join(", ")}) {${readFileSync(BUNDLE, "latin1")}\n})`;

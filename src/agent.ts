@@ -1367,8 +1367,11 @@ export class Agent {
     if (this.#stopped) return;
     // Sysctls change without a word.
     this.#baseStale = true;
-    if (this.#world.clock.now() >= this.#nextSurvey) this.#surveying.ask();
-    if (this.#configText !== "") this.#readingBack.ask();
+    // Of what is just being written, there is nothing to be found out.
+    if (this.#unread.size === 0) {
+      if (this.#world.clock.now() >= this.#nextSurvey) this.#surveying.ask();
+      if (this.#configText !== "") this.#readingBack.ask();
+    }
     this.#scheduleResync();
     this.#wake();
   }

@@ -48,6 +48,7 @@ import {
   writeFileAtomically,
   writeSysctl,
 } from "./edge/host.ts";
+import { giveBackMemory } from "./edge/memory.ts";
 import { openNetlink } from "./edge/netlink.ts";
 import { openNotifier } from "./edge/notify.ts";
 import { openProber } from "./edge/probe.ts";
@@ -78,6 +79,8 @@ const CACHE = "/var/cache/twill";
 /** What ends by itself after a signal has so long; then the process ends without it. */
 const STOP_MS = 10_000;
 const STATUS_MS = 500;
+/** After how long a start and the first looks at all that it wrote are over, in two steps, see `giveBackMemory`. */
+const SETTLED_MS = [15_000, 17_000];
 /** After how long a service manager that did not take a message is told again. */
 const NOTIFY_AGAIN_MS = 500;
 /** How long changes of the status are gathered before the log tells of them. */
@@ -416,6 +419,7 @@ async function serve(
           telemetry.setReady(true);
           onReady();
           tellReady();
+          for (const ms of SETTLED_MS) setTimeout(giveBackMemory, ms).unref();
           log.info("ready: pods are forwarded and the subnet file is written");
         },
       },

@@ -77,6 +77,7 @@ export class Writer {
     most: number,
   ): boolean {
     const rows = new Map<string, MapRows[Name]>();
+    const before: (MapRows[Name] | undefined)[] = [];
     let isAll = true;
     for (const difference of table.differences()) {
       const row = rowOf(difference);
@@ -86,11 +87,13 @@ export class Writer {
         break;
       }
       rows.set(difference.key, row);
+      before.push(difference.have);
     }
     if (rows.size === 0) return true;
     const { dataplane } = this.#world;
     try {
-      dataplane[call](name, [...rows.values()]);
+      if (call === "put") dataplane.put(name, [...rows.values()], before);
+      else dataplane.remove(name, [...rows.values()]);
     } catch (error) {
       this.#attempts.attempt("maps", () => {
         for (const _ of this.readMap(name, table, () => undefined));

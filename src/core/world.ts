@@ -92,12 +92,17 @@ export interface World {
     activate(ifindexes: Iterable<number>): void;
     /**
      * All rows of a map, some at a time with their keys, as they are at that moment. Returns false, without all of them, if
-     * they are as this said last, and none was put or removed since.
+     * they are as this said last, with what was put and removed since.
      */
     read<Name extends keyof MapRows>(
       name: Name,
     ): Generator<readonly (readonly [string, MapRows[Name]])[], boolean>;
-    put<Name extends keyof MapRows>(name: Name, rows: readonly MapRows[Name][]): void;
+    /** `before` is what each takes the place of, as far as is known. */
+    put<Name extends keyof MapRows>(
+      name: Name,
+      rows: readonly MapRows[Name][],
+      before: readonly (MapRows[Name] | undefined)[],
+    ): void;
     remove<Name extends keyof MapRows>(name: Name, rows: readonly MapRows[Name][]): void;
     attachments(ifindexes: Iterable<number>): Map<string, AttachmentRow>;
     /** Whether a program that was attached still is; true where the kernel would have told. */

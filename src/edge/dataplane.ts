@@ -15,7 +15,6 @@ import { dirname, join } from "node:path";
 import {
   attachClsact,
   attachTcx,
-  type Block,
   type BpfMap,
   type BpfObject,
   codec,
@@ -65,6 +64,7 @@ import {
   subnetKey,
 } from "../core/image.ts";
 import type { Ipv4 } from "../core/ipv4.ts";
+import { MapSum } from "../core/mapsum.ts";
 import { excludedKey, uplinkKey } from "../core/masquerade.ts";
 import type { Mac } from "../core/model.ts";
 import type { MapRows } from "../core/world.ts";
@@ -104,15 +104,16 @@ const mac = (bytes: Uint8Array): Mac =>
     .replace(/..(?=.)/g, "$&:");
 const macBytes = (text: Mac): Uint8Array => Buffer.from(text.replaceAll(":", ""), "hex");
 
-/** Rows of a map that are read at a time, in a millisecond: as rows, and as bytes that are compared with those read last. */
+/** Rows of a map that are read at a time, in a millisecond: as rows, and as bytes that are summed up. */
 const ROWS = 512;
-const ROWS_AS_BYTES = 4096;
+const ROWS_AS_BYTES = 2048;
+/** How often the bytes of a map are read again because rows were written meanwhile, before it is read as rows. */
+const READINGS = 8;
 
-/** What a map, by its id, held: its keys one behind another, and its values. */
-interface Image {
+/** What a map, by its id, was read to hold, with what was put and removed from here since. */
+interface Known {
   readonly id: number;
-  readonly keys: Uint8Array;
-  readonly values: Uint8Array;
+  readonly sum: MapSum;
 }
 
 /** One key of `counters`, which has no other. */
@@ -397,10 +398,12 @@ export class Dataplane {
   #closed = false;
   /** The TCX links by what they attach, as they were seen last. */
   readonly #linkIds = new Map<string, number>();
-  /** What each map held when it was read last, unless rows were written since: decoding thousands costs more than they. */
-  readonly #read = new Map<MapName, Image>();
+  /** What each map is known to hold: summing up thousands of rows takes far less than decoding them. */
+  readonly #known = new Map<MapName, Known>();
   /** What is being read. */
-  readonly #reading = new Map<MapName, object>();
+  readonly #reading = new Map<MapName, Known>();
+  /** Maps that were written since a reading of their bytes began. */
+  readonly #written = new Set<MapName>();
   /** The pins, by path, that are known to lead to what ought to be there: an inode is never another pin's. */
   readonly #pins = new Map<string, string>();
   #counters: BpfMap | undefined;
@@ -644,19 +647,17 @@ export class Dataplane {
 
   /**
    * The rows of a map with their keys, some at a time. Returns false, without all of them, if they are as they were read
-   * last, and none was written from here since.
+   * last, with what was put and removed from here since.
    */
   *read<Name extends MapName>(name: Name): Generator<readonly (readonly [string, MapRows[Name]])[], boolean> {
     const map = this.#map(name);
-    const last = this.#read.get(name);
-    if (last?.id === map.id && (yield* this.#isAsRead(name, map, last))) return false;
-    const blocks: Block[] = [];
-    this.#read.delete(name);
-    this.#reading.set(name, blocks);
+    if (this.#known.get(name)?.id === map.id && (yield* this.#isAsKnown(name, map))) return false;
+    this.#known.delete(name);
+    const reading: Known = { id: map.id, sum: new MapSum() };
+    this.#reading.set(name, reading);
     const rowCodec = CODECS[name];
-    for (const block of map.blocks(ROWS)) {
-      const { keys, values, count } = block;
-      blocks.push(block);
+    for (const { keys, values, count } of map.blocks(ROWS)) {
+      reading.sum.addAll(keys, values, map.keySize, map.valueSize);
       const rows: (readonly [string, MapRows[Name]])[] = [];
       for (let i = 0; i < count; i++) {
         const row = rowCodec.decode(
@@ -668,49 +669,68 @@ export class Dataplane {
       yield rows;
     }
     // Written to meanwhile, or read by another as well, it is not what was read.
-    if (this.#reading.get(name) === blocks) {
-      const keys = Buffer.concat(blocks.map((block) => block.keys));
-      const values = Buffer.concat(blocks.map((block) => block.values));
-      this.#read.set(name, { id: map.id, keys, values });
-    }
+    if (this.#reading.get(name) === reading) this.#known.set(name, reading);
     this.#reading.delete(name);
     return true;
   }
 
-  /** Whether a map holds what it held, with nothing written from here meanwhile. */
-  *#isAsRead(name: MapName, map: BpfMap, last: Image): Generator<readonly never[], boolean> {
-    let key = 0;
-    let value = 0;
-    for (const { keys, values } of map.blocks(ROWS_AS_BYTES)) {
-      if (Buffer.compare(last.keys.subarray(key, key + keys.length), keys) !== 0) return false;
-      if (Buffer.compare(last.values.subarray(value, value + values.length), values) !== 0) return false;
-      key += keys.length;
-      value += values.length;
-      // Of a small table that is all.
-      if (key < last.keys.length) yield [];
-      if (this.#read.get(name) !== last) return false;
+  /** Whether a map holds what is known of it. What is written from here while it is read may have been read or not. */
+  *#isAsKnown(name: MapName, map: BpfMap): Generator<readonly never[], boolean> {
+    for (let attempt = 0; attempt < READINGS; attempt++) {
+      const known = this.#known.get(name);
+      if (known === undefined) return false;
+      this.#written.delete(name);
+      const sum = new MapSum();
+      for (const { keys, values, count } of map.blocks(ROWS_AS_BYTES)) {
+        sum.addAll(keys, values, map.keySize, map.valueSize);
+        // Of a small table that is all.
+        if (count === ROWS_AS_BYTES) yield [];
+      }
+      if (sum.equals(known.sum)) return true;
+      if (!this.#written.has(name)) return false;
     }
-    return key === last.keys.length;
+    return false;
   }
 
-  /** Writes rows, all or none of them known to be there: a failure throws LibbpfError and the caller reads back. */
-  put<Name extends MapName>(name: Name, rows: readonly MapRows[Name][]): void {
+  /**
+   * Writes rows, all or none of them known to be there: a failure throws LibbpfError and the caller reads back. `before` is
+   * what each takes the place of, as far as the caller knows.
+   */
+  put<Name extends MapName>(
+    name: Name,
+    rows: readonly MapRows[Name][],
+    before: readonly (MapRows[Name] | undefined)[],
+  ): void {
     const rowCodec = CODECS[name];
-    this.#forget(name);
-    this.#map(name).updateBatch(rows.map((row) => rowCodec.encode(row)));
+    const entries = rows.map((row) => rowCodec.encode(row));
+    const known = this.#beginWrite(name);
+    this.#map(name).updateBatch(entries);
+    if (known === undefined) return;
+    for (const row of before) if (row !== undefined) known.sum.remove(...rowCodec.encode(row));
+    for (const [key, value] of entries) known.sum.add(key, value);
+    this.#known.set(name, known);
   }
 
-  #forget(name: MapName): void {
-    this.#read.delete(name);
+  /** Until what is known of a map is put back, nothing is. */
+  #beginWrite(name: MapName): Known | undefined {
+    const known = this.#known.get(name);
+    this.#known.delete(name);
     this.#reading.delete(name);
+    this.#written.add(name);
+    return known;
   }
 
-  /** Removes rows; one that is gone already is fine. */
+  /** Removes rows, which are as the caller believes them to be; one that is gone already is fine. */
   remove<Name extends MapName>(name: Name, rows: readonly MapRows[Name][]): void {
     const rowCodec = CODECS[name];
-    const keys = rows.map((row) => rowCodec.encode(row)[0]);
-    this.#forget(name);
+    const entries = rows.map((row) => rowCodec.encode(row));
+    const keys = entries.map(([key]) => key);
+    const known = this.#beginWrite(name);
     this.#map(name).deleteBatch(keys);
+    if (known !== undefined) {
+      for (const [key, value] of entries) known.sum.remove(key, value);
+      this.#known.set(name, known);
+    }
     if (name !== "peers4" || !this.#countsPeers) return;
     // Of a peer that is gone nothing is told any more. One by one, as most may never have been spoken to.
     const traffic = this.#map("traffic4");
