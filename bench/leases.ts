@@ -2,7 +2,7 @@
  * Writes leases of imaginary nodes into an etcd, and times how long single ones take into the kernel. Runs in the
  * network namespace of a host, as a program of its own: `bench/scale.ts` starts it.
  *
- *   node dist/bench/leases.js fill ENDPOINT FROM TO          leases number FROM to TO - 1
+ *   node dist/bench/leases.js fill ENDPOINT FROM TO [OCTET]  leases number FROM to TO - 1, of OCTET.0.0.0/8 (10)
  *   node dist/bench/leases.js time ENDPOINT PINPATH FROM N   N leases, one after the other; prints JSON
  */
 import { join } from "node:path";
@@ -20,14 +20,14 @@ interface Lease {
   readonly row: Buffer;
 }
 
-/** Lease number `n`, from 256 on: subnet 10.x.y.0/24 of the node at 192.168.x.y. */
-function lease(n: number): Lease {
+/** Lease number `n`, from 256 on: subnet 10.x.y.0/24, or one of another /8, of the node at 192.168.x.y. */
+function lease(n: number, first = 10): Lease {
   const [x, y] = [n >> 8, n & 255];
   const octet = (byte: number): string => byte.toString(16).padStart(2, "0");
-  const row = Buffer.from([10, x, y, 0, 0, 0, 0, 0]);
+  const row = Buffer.from([first, x, y, 0, 0, 0, 0, 0]);
   row.writeUInt32LE(24, 4);
   return {
-    key: `${PREFIX}10.${x}.${y}.0-24`,
+    key: `${PREFIX}${first}.${x}.${y}.0-24`,
     value: JSON.stringify({
       PublicIP: `192.168.${x}.${y}`,
       PublicIPv6: null,
@@ -38,11 +38,11 @@ function lease(n: number): Lease {
   };
 }
 
-async function fill(client: Etcd3, from: number, to: number): Promise<void> {
+async function fill(client: Etcd3, from: number, to: number, first?: number): Promise<void> {
   let next = from;
   const worker = async (): Promise<void> => {
     while (next < to) {
-      const { key, value } = lease(next++);
+      const { key, value } = lease(next++, first);
       await client.put(key).value(value);
     }
   };
@@ -81,7 +81,7 @@ async function time(client: Etcd3, pinPath: string, from: number, count: number)
 const [mode, endpoint = "", ...rest] = process.argv.slice(2);
 const client = new Etcd3({ hosts: [endpoint] });
 try {
-  if (mode === "fill") await fill(client, Number(rest[0]), Number(rest[1]));
+  if (mode === "fill") await fill(client, Number(rest[0]), Number(rest[1]), Number(rest[2] ?? 10));
   else if (mode === "time") await time(client, rest[0] ?? "", Number(rest[1]), Number(rest[2]));
   else throw new Error(`no such mode: ${mode}`);
 } finally {

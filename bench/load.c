@@ -8,7 +8,7 @@
  *                                                   sends UDP packets of SIZE bytes as fast as it can, or RATE a second
  *   load [-c CPU] serve ADDRESS PORT SECONDS        answers rr and crr for SECONDS at most
  *   load [-c CPU] rr ADDRESS PORT SECONDS           one byte there and back over one connection
- *   load [-c CPU] crr ADDRESS PORT SECONDS          the same with a connection for each
+ *   load [-c CPU] crr ADDRESS PORT SECONDS [RATE]   the same with a connection for each, RATE of them a second at most
  *   load answer ADDRESS PORT SECONDS PORTS          answers UDP packets on PORTS ports from PORT on
  *   load open ADDRESS PORT SECONDS PORTS COUNT      COUNT flows to those ports, two packets each way on every one
  *
@@ -221,7 +221,7 @@ static void rr(struct sockaddr_in *address, double seconds)
 	       trips[count * 99 / 100] / 1e3, count / ((at - begin) / 1e9));
 }
 
-static void crr(struct sockaddr_in *address, double seconds)
+static void crr(struct sockaddr_in *address, double seconds, double rate)
 {
 	uint64_t begin = now(), at = begin, end = begin + (uint64_t)(seconds * 1e9), count = 0;
 
@@ -234,6 +234,8 @@ static void crr(struct sockaddr_in *address, double seconds)
 			fail("the server did not close");
 		close(fd);
 		count++;
+		if (rate > 0)
+			keep_pace(begin, count, rate);
 		at = now();
 	}
 	printf("{\"connectionsPerSecond\": %.1f}\n", count / ((at - begin) / 1e9));
@@ -331,7 +333,7 @@ int main(int argc, char **argv)
 	}
 	setrlimit(RLIMIT_NOFILE, &files);
 	if (argc < 5 || inet_pton(AF_INET, argv[2], &address.sin_addr) != 1) {
-		fputs("usage: load [-c CPU] sink|blast|serve|rr|crr|answer|open ADDRESS PORT SECONDS [SIZE [RATE] | PORTS [COUNT]]\n", stderr);
+		fputs("usage: load [-c CPU] sink|blast|serve|rr|crr|answer|open ADDRESS PORT SECONDS [SIZE [RATE] | RATE | PORTS [COUNT]]\n", stderr);
 		return 2;
 	}
 	mode = argv[1];
@@ -349,7 +351,7 @@ int main(int argc, char **argv)
 	else if (!strcmp(mode, "rr"))
 		rr(&address, seconds);
 	else if (!strcmp(mode, "crr"))
-		crr(&address, seconds);
+		crr(&address, seconds, argc > 5 ? atof(argv[5]) : 0);
 	else if (!strcmp(mode, "answer") && argc > 5)
 		answer(&address, atoi(argv[5]));
 	else if (!strcmp(mode, "open") && argc > 6)

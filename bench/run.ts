@@ -1,7 +1,7 @@
 /**
  * `make bench`: Twill next to the kernel set up as flanneld does it, in one run: `forwarding` between pods, and next to
  * the wire itself; `masquerade` from pods to the outside; `streams` of TCP for both, `offloads`, the same with those of
- * the uplinks off; `monitor` with `twill monitor` watching a flood of drops.
+ * the uplinks off; `subnets` with one peer and with 50,000; `monitor` with `twill monitor` watching a flood of drops.
  *
  * Each row of a table has a pair of hosts of its own, joined by a cable, all at once. A round takes one load
  * after the other and measures all rows with it, in an order that rotates from round to round, so that a slow
@@ -10,7 +10,7 @@
  *
  *   node dist/bench/run.js [--only NAME] [--rounds N] [--seconds N] [--rows REGEXP] [--out PREFIX]
  *
- * QUICK=1 in the environment is for a first look: one round of short loads, without offloads, of the rows that matter most.
+ * QUICK=1 in the environment is for a first look: one round of short loads, without the suites that take long, of the rows that matter most.
  */
 import { cpus } from "node:os";
 import { join } from "node:path";
@@ -24,10 +24,14 @@ import { describeMachine, publish } from "./machine.ts";
 import { masquerade } from "./masquerade.ts";
 import { monitor } from "./monitor.ts";
 import { offloads, streams } from "./streams.ts";
+import { manySubnets } from "./subnets.ts";
 import type { Path, Row, Suite } from "./suite.ts";
 import { checkPrograms } from "./workloads.ts";
 
-const suites: readonly Suite[] = [forwarding, masquerade, streams, offloads, monitor];
+const suites: readonly Suite[] = [forwarding, masquerade, streams, offloads, manySubnets, monitor];
+
+/** Without these in a first look. */
+const LONG: readonly Suite[] = [offloads, manySubnets];
 
 /** What was asked of a run. */
 interface Order {
@@ -52,7 +56,7 @@ async function main(): Promise<void> {
     seconds: Number(options.seconds),
     rows: new RegExp(options.rows, "i"),
   };
-  const all = quick ? suites.filter((suite) => suite !== offloads) : suites;
+  const all = quick ? suites.filter((suite) => !LONG.includes(suite)) : suites;
   const wanted = options.only === "" ? all : suites.filter(({ name }) => options.only === name);
   if (wanted.length === 0) {
     throw new Error(
@@ -111,7 +115,7 @@ async function measure(suite: Suite, { rounds, seconds, rows }: Order): Promise<
           if (place === undefined) continue;
           const { row, path, values } = place;
           busy.push(await processorUse(100));
-          const measured = await workload.run(path.from, path.to, path.address, seconds);
+          const measured = await workload.run(path.from, path.to, path.address, seconds, path.beside);
           const seen = workload.metrics.map((metric, index) => {
             const value = measured[index] ?? Number.NaN;
             values[metric.key]?.push(value);

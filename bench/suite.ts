@@ -13,6 +13,8 @@ export interface Path {
   readonly from: Namespace;
   readonly to: Namespace;
   readonly address: string;
+  /** Two other places on the same hosts. */
+  readonly beside?: Path;
   /**
    * Looked at before and after the loads: throws if the row is not what its name says, and says what else the
    * reader should know of it.

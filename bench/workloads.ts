@@ -15,7 +15,13 @@ import type { Metric } from "./figures.ts";
 export interface Workload {
   readonly metrics: readonly Metric[];
   /** Runs the load once from one place to the address of another; a value for each metric, in order. */
-  run(from: Namespace, to: Namespace, address: string, seconds: number): Promise<number[]>;
+  run(
+    from: Namespace,
+    to: Namespace,
+    address: string,
+    seconds: number,
+    beside?: { readonly from: Namespace; readonly to: Namespace; readonly address: string },
+  ): Promise<number[]>;
 }
 
 const clientCpu = "0";
@@ -48,6 +54,30 @@ export const udpPackets: Workload = {
     await blast.stop();
     await sink.stop();
     return [Number(rate) / 1000];
+  },
+};
+
+/** Connections a second that other places open meanwhile, if the processors let them. */
+const BESIDE = 5000;
+
+/** The same packets beside connections of others, and how many of those there were. */
+export const besideConnections: Workload = {
+  metrics: [
+    { key: "udpBeside", title: "UDP 64 B beside connections, kpps", digits: 0, better: "higher" },
+    { key: "connectionsBeside", title: "those connections/s", digits: 0, better: "higher" },
+  ],
+  async run(from, to, address, seconds, beside) {
+    if (beside === undefined) throw new Error(`there is nobody beside ${address}`);
+    const others = talk<{ connectionsPerSecond: number }>(
+      "crr",
+      beside.from,
+      beside.to,
+      beside.address,
+      seconds + 1,
+      `${BESIDE}`,
+    );
+    const [packets = Number.NaN] = await udpPackets.run(from, to, address, seconds);
+    return [packets, (await others).connectionsPerSecond];
   },
 };
 
@@ -126,10 +156,20 @@ async function talk<Result>(
   to: Namespace,
   address: string,
   seconds: number,
+  ...more: string[]
 ): Promise<Result> {
   const server = to.spawn([load, "-c", serverCpu, "serve", address, "9001", String(seconds)]);
   await server.line(/ready/);
-  const { stdout } = await from.exec([load, "-c", clientCpu, mode, address, "9001", String(seconds)]);
+  const { stdout } = await from.exec([
+    load,
+    "-c",
+    clientCpu,
+    mode,
+    address,
+    "9001",
+    String(seconds),
+    ...more,
+  ]);
   await server.stop();
   return JSON.parse(stdout) as Result;
 }
