@@ -2,6 +2,7 @@
 // the services of the lab. Hosts are namespaces of their own, so that two files at a time get along. `quiet` counts
 // lost packets and broken connections, and shares the machine with no other test.
 import { defineConfig } from "vitest/config";
+import { BaseSequencer, type TestSpecification } from "vitest/node";
 
 const real = ["test/{bpf,deploy,edge,e2e,loader}/**/*.test.ts"];
 const quiet = ["test/e2e/{fault,restart,scenario,wire}.test.ts"];
@@ -9,9 +10,23 @@ const quiet = ["test/e2e/{fault,restart,scenario,wire}.test.ts"];
 const slowness = Number(process.env.TWILL_SLOWNESS ?? 1);
 const patience = { testTimeout: slowness * 60_000, hookTimeout: slowness * 120_000 };
 
+/** The files that take longest, which would else end alone, while the other processor waits; in the order of their length. */
+const LONG = ["e2e/move", "e2e/packets", "e2e/docker", "e2e/kubeproxy", "e2e/masquerade", "e2e/services"];
+
+class LongestFirst extends BaseSequencer {
+  override async sort(files: TestSpecification[]): Promise<TestSpecification[]> {
+    const rank = ({ moduleId }: TestSpecification): number => {
+      const place = LONG.findIndex((name) => moduleId.endsWith(`/test/${name}.test.ts`));
+      return place < 0 ? LONG.length : place;
+    };
+    return (await super.sort(files)).sort((a, b) => rank(a) - rank(b));
+  }
+}
+
 export default defineConfig({
   test: {
     pool: "forks",
+    sequence: { sequencer: LongestFirst },
     projects: [
       {
         extends: true,
