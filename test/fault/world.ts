@@ -329,11 +329,11 @@ export class Monitor {
   }
 }
 
-/** `[2026-11-23T13:22:07.123456] Deleted 172.7.22.0/24 via ...`, in the machine's time. */
+/** `[2026-11-23T13:22:07.123456] Deleted 172.7.22.0/24 nhid 7 via ...`, in the machine's time, without the nexthop's number. */
 function parseLine(line: string): { at: number; deleted: boolean; text: string }[] {
   const match = /^\[(\S+)\] (.*)$/.exec(line);
   if (match === null) return [];
-  const text = match[2] ?? "";
+  const text = (match[2] ?? "").replace(/ nhid \d+/, "");
   return [{ at: preciseTime(match[1] ?? ""), deleted: /^deleted /i.test(text), text }];
 }
 
