@@ -213,7 +213,9 @@ export const life: readonly Fault[] = [
         for (const { host } of world.nodes)
           await until(`${host.name} to have its routes ${way}`, async () => {
             const lines = (await host.ip("route")).split("\n");
-            const found = lines.filter((line) => peers.some((peer) => line.startsWith(`${peer} `)));
+            const isToPeer = (line: string) =>
+              peers.some((peer) => line.startsWith(peer)) && line.includes(" via ");
+            const found = lines.filter(isToPeer);
             return found.length === 2 && found.every((line) => line.includes(way));
           });
       };
