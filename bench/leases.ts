@@ -2,7 +2,7 @@
  * Writes leases of imaginary nodes into an etcd, and times how long single ones take into the kernel. Runs in the
  * network namespace of a host, as a program of its own: `bench/scale.ts` starts it.
  *
- *   node dist/bench/leases.js fill ENDPOINT FROM TO [OCTET]  leases number FROM to TO - 1, of OCTET.0.0.0/8 (10)
+ *   node dist/bench/leases.js fill ENDPOINT FROM TO OCTET    leases number FROM to TO - 1, of OCTET.0.0.0/8
  *   node dist/bench/leases.js time ENDPOINT PINPATH FROM N   N leases, one after the other; prints JSON
  */
 import { join } from "node:path";
@@ -38,7 +38,7 @@ function lease(n: number, first = 10): Lease {
   };
 }
 
-async function fill(client: Etcd3, from: number, to: number, first?: number): Promise<void> {
+async function fill(client: Etcd3, from: number, to: number, first: number): Promise<void> {
   let next = from;
   const worker = async (): Promise<void> => {
     while (next < to) {
@@ -81,7 +81,7 @@ async function time(client: Etcd3, pinPath: string, from: number, count: number)
 const [mode, endpoint = "", ...rest] = process.argv.slice(2);
 const client = new Etcd3({ hosts: [endpoint] });
 try {
-  if (mode === "fill") await fill(client, Number(rest[0]), Number(rest[1]), Number(rest[2] ?? 10));
+  if (mode === "fill") await fill(client, Number(rest[0]), Number(rest[1]), Number(rest[2]));
   else if (mode === "time") await time(client, rest[0] ?? "", Number(rest[1]), Number(rest[2]));
   else throw new Error(`no such mode: ${mode}`);
 } finally {

@@ -10,7 +10,8 @@
  *
  *   node dist/bench/run.js [--only NAME] [--rounds N] [--seconds N] [--rows REGEXP] [--out PREFIX]
  *
- * QUICK=1 in the environment is for a first look: one round of short loads, without the suites that take long, of the rows that matter most.
+ * QUICK=1 in the environment is for a first look: one round of short loads, without the suites that take long, of the rows
+ * that matter most.
  */
 import { cpus } from "node:os";
 import { join } from "node:path";

@@ -19,9 +19,8 @@ import { createLab, type Host, repository } from "../test/lab.ts";
 import { spawnTwilld, type Twilld, twilldFlags } from "../test/twilld.ts";
 import { type Metric, median, percentile, type Report, resultOf, tables } from "./figures.ts";
 import { describeMachine, publish } from "./machine.ts";
+import { FIRST_LEASE, fillLeases } from "./suite.ts";
 
-/** Leases begin here: subnets and addresses below are the host's own. */
-const FIRST = 256;
 const EVENTS = 200;
 const PATIENCE = 120_000;
 /** After which a start and what follows from it are over. */
@@ -52,9 +51,7 @@ async function measure(leases: number, idleSeconds: number): Promise<Figures> {
     );
     const [endpoint = ""] = etcd.endpoints;
     const program = join(repository, "dist/bench/leases.js");
-    await host.exec(["node", program, "fill", endpoint, `${FIRST}`, `${FIRST + leases}`], {
-      timeout: PATIENCE,
-    });
+    await fillLeases(host, etcd, leases, 10);
     await host.bridge("docker0", "10.0.1.1/24");
 
     const began = performance.now();
@@ -66,7 +63,7 @@ async function measure(leases: number, idleSeconds: number): Promise<Figures> {
     await verify(host, twilld, leases);
     const loopAtStartMs = await heldUp(twilld);
 
-    const from = `${FIRST + leases}`;
+    const from = `${FIRST_LEASE + leases}`;
     const { stdout } = await host.exec(
       ["node", program, "time", endpoint, twilld.pinPath, from, `${EVENTS}`],
       { timeout: PATIENCE },

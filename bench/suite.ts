@@ -1,7 +1,7 @@
 /** What a comparison of the benchmark is made of, and what its rows have in common. */
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
-import type { Host, Lab, Namespace } from "../test/lab.ts";
+import { type Etcd, type Host, type Lab, type Namespace, repository } from "../test/lab.ts";
 import { startTwilld, type Twilld } from "../test/twilld.ts";
 import type { Workload } from "./workloads.ts";
 
@@ -68,11 +68,25 @@ export async function startTwillds(
   await etcd.put("/coreos.com/network/config", JSON.stringify({ Network: network, Backend: backend }));
   const started: Twilld[] = [];
   for (const [host, subnet] of hosts) {
-    // The previous subnet is asked for again, so the addresses are known.
-    const gateway = subnet.replace(".0/", ".1/");
-    const before = `FLANNEL_NETWORK=${network}\nFLANNEL_SUBNET=${gateway}\n`;
-    writeFileSync(join(host.directory, "subnet.env"), before);
+    hadBefore(host, network, subnet);
     started.push(await startTwilld(host, { etcd, flags }));
   }
   return started;
+}
+
+/** The previous subnet is asked for again, so that a host's addresses are known. */
+export function hadBefore(host: Host, ofNetwork: string, subnet: string): void {
+  const before = `FLANNEL_NETWORK=${ofNetwork}\nFLANNEL_SUBNET=${subnet.replace(".0/", ".1/")}\n`;
+  writeFileSync(join(host.directory, "subnet.env"), before);
+}
+
+/** The first lease of an imaginary node, see `leases.ts`: subnets and addresses below are the hosts' own. */
+export const FIRST_LEASE = 256;
+
+/** Has an etcd hold the leases of so many imaginary nodes, of a network OCTET.0.0.0/8. */
+export async function fillLeases(host: Host, etcd: Etcd, count: number, octet: number): Promise<void> {
+  const [endpoint = ""] = etcd.endpoints;
+  const numbers = [FIRST_LEASE, FIRST_LEASE + count, octet].map(String);
+  const program = join(repository, "dist/bench/leases.js");
+  await host.exec(["node", program, "fill", endpoint, ...numbers], { timeout: 120_000 });
 }

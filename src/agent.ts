@@ -167,7 +167,7 @@ const ALL_TABLES: readonly HostTable[] = [...BASE_TABLES, "neighbour", "fdb"];
  * Leases that one round turns into rows. With what it writes of them that takes some milliseconds, and then others have
  * their turn: probes, the watchdog, an answer of etcd.
  */
-const LEASES_PER_ROUND = 250;
+const LEASES_PER_ROUND = 200;
 const TABLE_MAIN = 254;
 const UNICAST = 1;
 const BLACKHOLE = 6;
@@ -740,10 +740,8 @@ export class Agent {
       const overlay = this.#device.ensure(network, uplink, () => this.#publishedMac(uplink.publicIp));
       const device = kindOf(network.backend).device?.name;
       this.#attempts.attempt("sysctls", () => {
-        this.#drifted({ name: "sysctls" }, this.#world.kernel.keepSysctls(device));
-      });
-      this.#attempts.attempt("sysctls", () => {
         this.#routeWrites = routeWrites(this.#world.kernel.showsNexthops());
+        this.#drifted({ name: "sysctls" }, this.#world.kernel.keepSysctls(device));
       });
       this.#base = { network, uplink, overlay };
       this.#baseStale = false;

@@ -356,7 +356,7 @@ describe("drift that no notification tells of", () => {
 describe("many leases at once", () => {
   const PEERS = 1200;
   /** What one turn of the event loop may write, so that it is over within milliseconds. */
-  const MOST = 3000;
+  const MOST = 2500;
 
   const addMany = (world: World): void => {
     for (let n = 0; n < PEERS; n++) {

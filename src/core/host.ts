@@ -430,14 +430,15 @@ export class Host {
    * with one that is down, and of those that go with a nexthop object of ours, the kernel says nothing itself.
    */
   apply(event: NetlinkEvent): readonly HostEvent[] {
-    const events =
-      event.kind === "link"
-        ? [...this.implied(event.row, event.change), event]
-        : event.kind === "nexthop"
-          ? [...this.routesBy(event.row.id)]
-          : [event];
+    const events = [...this.meaningOf(event)];
     for (const each of events) this.take(each);
     return events;
+  }
+
+  private *meaningOf(event: NetlinkEvent): Generator<HostEvent> {
+    if (event.kind === "link") yield* this.implied(event.row, event.change);
+    if (event.kind === "nexthop") yield* this.routesBy(event.row.id);
+    else yield event;
   }
 
   private *routesBy(nexthopId: number): Generator<HostEvent> {

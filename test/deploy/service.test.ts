@@ -173,7 +173,7 @@ describe("the daemon", () => {
     it("does all it is for, tells that it is ready and alive, and is taken away", async () => {
       const { twilld, manager } = await start(capabilities, [`--attach=${attach}`]);
       try {
-        await twilld.ready();
+        await twilld.ready(8000);
         await manager.hears("READY=1");
         await manager.hears("WATCHDOG=1", 3);
         const own = readFileSync(`/proc/${twilld.process.pid}/status`, "utf8");
