@@ -46,13 +46,14 @@ function start(store: Store): Agent {
   const kernel = makeHost();
   const dataplane = new FakeDataplane(kernel);
   let isDelivering = false;
-  /** What the kernel announces comes a little later; and the fakes' diaries are nobody's to read here. */
+  /** What the kernel announces, and programs, come a little later; and the fakes' diaries are nobody's to read here. */
   const deliver = (): void => {
     kernel.writes.length = dataplane.writes.length = 0;
-    if (isDelivering || kernel.events.length === 0) return;
+    if (isDelivering || kernel.events.length + dataplane.loads.length === 0) return;
     isDelivering = true;
     setImmediate(() => {
       isDelivering = false;
+      for (const load of dataplane.loads.splice(0)) load();
       for (const event of kernel.events.splice(0)) agent?.onNetlink(event);
     });
   };

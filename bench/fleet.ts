@@ -188,7 +188,7 @@ async function main(): Promise<void> {
   // As bin/start.js sets V8.
   const agent = new Worker<AgentOrder, AgentReading>(
     "fleet-agent.js",
-    ["--semi-space-growth-factor=1", "--optimize-for-size"],
+    ["--semi-space-growth-factor=1"],
     fail,
   );
   await agent.tell({ do: "boot", endpoint: ENDPOINT });

@@ -13,7 +13,7 @@ import {
   startTwillds,
   subnets,
 } from "./suite.ts";
-import { connections, load, roundTrips, udpCost, udpPackets } from "./workloads.ts";
+import { connections, load, roundTrips, udpCost, udpPackets, udpPolled } from "./workloads.ts";
 
 const rows: readonly Row[] = [
   {
@@ -73,7 +73,7 @@ const rows: readonly Row[] = [
 export const forwarding: Suite = {
   name: "forwarding",
   rows,
-  workloads: [udpPackets, udpCost, roundTrips, connections],
+  workloads: [udpPackets, udpPolled, udpCost, roundTrips, connections],
   kernel:
     "iproute2 and iptables as flanneld sets them up, with its default FORWARD rules; bridge netfilter as the kernel has it",
 };

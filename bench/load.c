@@ -4,6 +4,7 @@
  * connections per second, between two addresses.
  *
  *   load [-c CPU] sink ADDRESS PORT SECONDS         counts UDP packets for SECONDS, from 0.3 s after the first
+ *   load [-c CPU] poll ADDRESS PORT SECONDS         the same, never asleep: no packet has to wake it
  *   load [-c CPU] blast ADDRESS PORT SECONDS SIZE [RATE]
  *                                                   sends UDP packets of SIZE bytes as fast as it can, or RATE a second
  *   load [-c CPU] serve ADDRESS PORT SECONDS        answers rr and crr for SECONDS at most
@@ -75,7 +76,7 @@ static void no_delay(int fd)
 		fail("TCP_NODELAY");
 }
 
-static void sink(struct sockaddr_in *address, double seconds)
+static void sink(struct sockaddr_in *address, double seconds, int polls)
 {
 	static char bytes[BATCH][MAX_SIZE];
 	struct mmsghdr messages[BATCH] = {};
@@ -94,8 +95,8 @@ static void sink(struct sockaddr_in *address, double seconds)
 		fail("bind");
 	puts("ready");
 	do {
-		n = recvmmsg(fd, messages, BATCH, MSG_WAITFORONE, NULL);
-		if (n < 0)
+		n = recvmmsg(fd, messages, BATCH, polls && begin ? MSG_DONTWAIT : MSG_WAITFORONE, NULL);
+		if (n < 0 && !(polls && begin && errno == EAGAIN))
 			fail("no packet arrived");
 		at = now();
 		if (!begin) {
@@ -107,7 +108,7 @@ static void sink(struct sockaddr_in *address, double seconds)
 		if (!counts)
 			puts("counting");
 		counts = 1;
-		packets += n;
+		packets += n > 0 ? n : 0;
 	} while (at < end);
 	printf("{\"packetsPerSecond\": %.1f}\n", packets / ((at - begin) / 1e9));
 }
@@ -333,7 +334,7 @@ int main(int argc, char **argv)
 	}
 	setrlimit(RLIMIT_NOFILE, &files);
 	if (argc < 5 || inet_pton(AF_INET, argv[2], &address.sin_addr) != 1) {
-		fputs("usage: load [-c CPU] sink|blast|serve|rr|crr|answer|open ADDRESS PORT SECONDS [SIZE [RATE] | RATE | PORTS [COUNT]]\n", stderr);
+		fputs("usage: load [-c CPU] sink|poll|blast|serve|rr|crr|answer|open ADDRESS PORT SECONDS [SIZE [RATE] | RATE | PORTS [COUNT]]\n", stderr);
 		return 2;
 	}
 	mode = argv[1];
@@ -342,8 +343,8 @@ int main(int argc, char **argv)
 	/* Whatever happens to the other end, nothing of us stays. */
 	alarm((unsigned int)seconds + 10);
 
-	if (!strcmp(mode, "sink"))
-		sink(&address, seconds);
+	if (!strcmp(mode, "sink") || !strcmp(mode, "poll"))
+		sink(&address, seconds, mode[0] == 'p');
 	else if (!strcmp(mode, "blast"))
 		blast(&address, seconds, argc > 5 ? atoi(argv[5]) : 64, argc > 6 ? atof(argv[6]) : 0);
 	else if (!strcmp(mode, "serve"))

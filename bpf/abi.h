@@ -20,6 +20,10 @@ enum limit {
 	INTERFACES_MAX = 4096,
 	FLOWS_MAX = 65536,
 	INBOUND_MAX = 131072,
+	/* Source ports of tunnel packets that are told apart, a power of two. */
+	IN_DEVICE_MAX = 4096,
+	/* Ticks of the kernel's clock, begun and not whole, for which a packet is taken to be in the kernel's device. */
+	IN_DEVICE_TICKS = 2,
 	/* Distinct prefix lengths of subnets that one cluster may have at a time. */
 	SUBNET_LENGTHS_MAX = 4,
 	UPLINKS_MAX = 256,
@@ -300,6 +304,11 @@ struct inbound {
 struct uplink4 {
 	__u8 address[4]; /* of ours, for new connections */
 	__u8 former[4];  /* the one before it, while it is there; or 0.0.0.0 */
+};
+
+/* Value of `in_device4`, by the outer source port: flows of which packets may be in the kernel's tunnel device. */
+struct in_device {
+	__u32 tick; /* of the kernel's clock, when one was left to it last */
 };
 
 /* Key of `excluded4`, a trie: destinations to which pods keep their address. */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
 /* Every map, on one screen. All are pinned; only the control plane writes them, but for flows4, inbound4,
- * counters, traffic4 and those of connections and events. */
+ * in_device4, counters, traffic4 and those of connections and events. */
 #ifndef TWILL_MAPS_H
 #define TWILL_MAPS_H
 
@@ -59,6 +59,14 @@ struct {
 	__type(key, struct flow4);
 	__type(value, struct inbound);
 } inbound4 SEC(".maps");
+
+/* The tunnel flows of which packets may still be in the kernel's device. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, IN_DEVICE_MAX);
+	__type(key, __u32);
+	__type(value, struct in_device);
+} in_device4 SEC(".maps");
 
 /* The interfaces by which pods reach the outside, and the outside reaches pods elsewhere; our address there. */
 struct {

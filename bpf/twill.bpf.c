@@ -357,18 +357,50 @@ static __always_inline enum verdict check_tunnel4(const struct tunnel_headers4 *
 	return VERDICT_STACK_TUNNEL;
 }
 
-/*
- * A TCP segment that acknowledges, and carries nothing: it may overtake others of its flow, as an acknowledgement that
- * comes late says nothing new, and what it acknowledges went the other way. At constant `offset` is its IP header.
- */
-static __always_inline int only_acknowledges4(struct __sk_buff *skb, __u32 offset,
-					      const struct packet4 *packet)
+/* Where is noted when packets from this outer port, which a flow keeps, were left to the kernel's device. */
+static __always_inline struct in_device *in_device_of(const struct packet4 *outer)
 {
+	__u32 index = bpf_ntohs(outer->source_port) & (IN_DEVICE_MAX - 1);
+
+	return bpf_map_lookup_elem(&in_device4, &index);
+}
+
+/* Leaves a tunnel packet in order to the kernel's device. What comes behind it soon must not overtake it. */
+static __always_inline int leave_to_device(const struct packet4 *outer)
+{
+	struct in_device *device = in_device_of(outer);
+	__u32 tick = bpf_jiffies64();
+
+	/* Processors share it: it is written once a tick. */
+	if (device && device->tick != tick)
+		device->tick = tick;
+	return NEXT;
+}
+
+/*
+ * Whether a TCP segment, no aggregate itself, may be opened here. TCP arrives in aggregates, which the kernel's device
+ * opens and makes larger, in a queue of its own; all of a flow must take one way while there is anything in it, or its
+ * segments change order. A segment that only acknowledges may overtake others: what it says is not new if it comes late,
+ * and what it acknowledges went the other way. And one that ends what was to be said at a time (the kernel would make no
+ * aggregate of it and what comes after) finds the queue empty, if none of its flow was left to the device in the tick
+ * that runs and the one before: it is emptied behind each batch of packets that the interface hands on. At constant
+ * `offset` is the segment's IP header.
+ */
+static __always_inline int may_open_tcp4(struct __sk_buff *skb, __u32 offset, const struct packet4 *outer,
+					 const struct packet4 *packet)
+{
+	struct in_device *device;
 	__u8 head[2]; /* length, flags */
 
-	return packet->header == sizeof(struct iphdr) &&
-	       !bpf_skb_load_bytes(skb, offset + sizeof(struct iphdr) + TCP_LENGTH, head, sizeof(head)) &&
-	       packet->length == sizeof(struct iphdr) + (head[0] >> 4) * 4 && (head[1] & ~TCP_ECE) == TCP_ACK;
+	if (packet->header != sizeof(struct iphdr) ||
+	    bpf_skb_load_bytes(skb, offset + sizeof(struct iphdr) + TCP_LENGTH, head, sizeof(head)))
+		return 0;
+	if (packet->length == sizeof(struct iphdr) + (head[0] >> 4) * 4 && (head[1] & ~TCP_ECE) == TCP_ACK)
+		return 1;
+	if ((head[1] & TCP_URG) || !(head[1] & (TCP_PSH | TCP_SYN | TCP_FIN | TCP_RST)))
+		return 0;
+	device = in_device_of(outer);
+	return device && (__s32)((__u32)bpf_jiffies64() - device->tick) >= IN_DEVICE_TICKS;
 }
 
 /*
@@ -417,23 +449,22 @@ static __always_inline int from_tunnel4(struct __sk_buff *skb, const struct pack
 	if (!config.decapsulate || outer->fragment || outer->header != sizeof(*ip) || segment_size(skb) ||
 	    headers.vxlan.flags != VXLAN_FLAG_VNI || headers.ethernet.h_proto != bpf_htons(ETH_P_IP) ||
 	    !is_vtep_mac(headers.ethernet.h_dest))
-		return NEXT;
+		return leave_to_device(outer);
 	*verdict = VERDICT_DROP_MALFORMED;
 	if (parse4(skb, INNER_IP, &inner) != PARSED || inner.length + INNER_IP - ETH_HLEN > outer->length)
 		return DROP;
 	*verdict = VERDICT_STACK_TUNNEL;
-	/* TCP arrives in aggregates, and all of a flow must take one way, or its segments change order. */
-	if (inner.protocol == IPPROTO_TCP && !only_acknowledges4(skb, INNER_IP, &inner))
-		return NEXT;
+	if (inner.protocol == IPPROTO_TCP && !may_open_tcp4(skb, INNER_IP, outer, &inner))
+		return leave_to_device(outer);
 	/* What the kernel would find wrong with the outer headers is for it to find. */
 	ip = packet_data(skb) + ETH_HLEN;
 	if ((void *)(ip + 1) > packet_end(skb) || header_checksum(ip) ||
 	    bpf_ntohs(headers.udp.len) + sizeof(*ip) != outer->length)
-		return NEXT;
+		return leave_to_device(outer);
 	endpoint = endpoint_of4(inner.destination);
 	if (!endpoint || !in_network4(inner.source) ||
 	    needs_stack4(skb, INNER_IP, &inner, endpoint->mtu) != VERDICT_UNRELATED)
-		return NEXT;
+		return leave_to_device(outer);
 	return decapsulate4(skb, endpoint, outer->tos, &inner, verdict);
 }
 

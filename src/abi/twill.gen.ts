@@ -2,7 +2,7 @@
 // Do not edit: change the C source and generate again.
 
 /** sha256 over everything below; `abiDigest(object)` gives the same for an object that agrees with it. */
-export const ABI_DIGEST = "f7e7fb27cb1c92953cbb1c5b39cdb8e6b6c781cf5d0aaa7802a298f29bddf01e";
+export const ABI_DIGEST = "9c271b54ac167c9c66c1d26e1ba7008bb92307c2db5168a54c5464b93317f74e";
 
 /** struct state_counts, 16 bytes */
 export interface StateCounts {
@@ -478,6 +478,20 @@ export const held4Layout = {
   ],
 } as const;
 
+/** struct in_device, 4 bytes */
+export interface InDevice {
+  readonly tick: number; // u32
+}
+
+export const inDeviceLayout = {
+  kind: "struct",
+  size: 4,
+  name: "in_device",
+  fields: [
+    { name: "tick", offset: 0, layout: { kind: "u32", size: 4 } },
+  ],
+} as const;
+
 /** struct inbound, 16 bytes */
 export interface Inbound {
   readonly since_ns: bigint; // u64
@@ -870,6 +884,8 @@ export const Limit = {
   INTERFACES_MAX: 4096,
   FLOWS_MAX: 65536,
   INBOUND_MAX: 131072,
+  IN_DEVICE_MAX: 4096,
+  IN_DEVICE_TICKS: 2,
   SUBNET_LENGTHS_MAX: 4,
   UPLINKS_MAX: 256,
   EXCLUDED_MAX: 1024,
@@ -929,6 +945,7 @@ export interface Maps {
   readonly fragments4: { readonly key: Fragment4; readonly value: Datagram4 };
   readonly held4: { readonly key: HeldKey4; readonly value: Held4 };
   readonly holding: { readonly key: number; readonly value: Held4 };
+  readonly in_device4: { readonly key: number; readonly value: InDevice };
   readonly inbound4: { readonly key: Flow4; readonly value: Inbound };
   readonly interfaces: { readonly key: number; readonly value: Interface };
   readonly peers4: { readonly key: Address4; readonly value: Subnet4 };
@@ -954,6 +971,7 @@ export const maps = {
   fragments4: { name: "fragments4", type: "lru_hash", key: fragment4Layout, value: datagram4Layout, maxEntries: 4096, flags: 0 },
   held4: { name: "held4", type: "lru_hash", key: heldKey4Layout, value: held4Layout, maxEntries: 512, flags: 0 },
   holding: { name: "holding", type: "percpu_array", key: { kind: "u32", size: 4 }, value: held4Layout, maxEntries: 1, flags: 0 },
+  in_device4: { name: "in_device4", type: "array", key: { kind: "u32", size: 4 }, value: inDeviceLayout, maxEntries: 4096, flags: 0 },
   inbound4: { name: "inbound4", type: "lru_hash", key: flow4Layout, value: inboundLayout, maxEntries: 131072, flags: 0 },
   interfaces: { name: "interfaces", type: "hash", key: { kind: "u32", size: 4 }, value: interfaceLayout, maxEntries: 4096, flags: 1 },
   peers4: { name: "peers4", type: "hash", key: address4Layout, value: subnet4Layout, maxEntries: 65536, flags: 1 },

@@ -1,5 +1,6 @@
 /** What `from_net` does with what arrives at the uplink: tunnel packets, directly routed ones, and the rest. */
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from "vitest";
+import { Limit } from "../../src/abi/twill.gen.ts";
 import { tcp } from "./outside.ts";
 import {
   ETH_IP,
@@ -112,16 +113,104 @@ describe("a tunnel packet of a peer", () => {
       }),
     );
 
-  test("is left to the kernel's device if it is TCP that does more than acknowledge, whatever its size", () => {
-    expectNext(segment(ACK, 1), "STACK_TUNNEL");
-    expectNext(segment(ACK, 1200), "STACK_TUNNEL");
-    expectNext(segment(ACK, 1, 12), "STACK_TUNNEL");
-    for (const flag of [FIN, SYN, RST, PSH, URG, CWR]) {
-      expectNext(segment(ACK | flag), "STACK_TUNNEL");
+  /** When packets of the tests' outer port were last left to the device, in ticks of the kernel's clock. */
+  const PORT = 40_000;
+  const tickKey = Buffer.alloc(4);
+  tickKey.writeUInt32LE(PORT % Limit.IN_DEVICE_MAX);
+  const lastTick = (): number =>
+    Buffer.from(node.object.map("in_device4").lookup(tickKey) ?? Buffer.alloc(4)).readUInt32LE();
+  const setLastTick = (tick: number): void => {
+    const value = Buffer.alloc(4);
+    value.writeUInt32LE(tick >>> 0);
+    node.object.map("in_device4").update(tickKey, value);
+  };
+  /** The tick that runs, for what a program asks next. */
+  const now = (): number => {
+    setLastTick(0);
+    node.run("from_net", segment(ACK, 1));
+    return lastTick();
+  };
+  /** Far more than a test can take. */
+  const MANY = 100_000;
+
+  test("is left to the kernel's device if it is TCP that may become part of an aggregate, or is one", () => {
+    for (const tick of [now() - MANY, now() + MANY]) {
+      for (const [flags, data, time] of [
+        [ACK, 1],
+        [ACK, 1200],
+        [ACK, 1, 12],
+        [ACK | CWR, 0],
+        [ACK | PSH | URG, 1],
+        [0, 0],
+      ] as const) {
+        setLastTick(tick);
+        expectNext(segment(flags, data, time), "STACK_TUNNEL");
+      }
     }
-    expectNext(segment(0), "STACK_TUNNEL");
     const out = node.run("from_net", arrived({ body: udpOf(1000) }), { gsoSize: 500 });
     expect(out).toMatchObject({ action: NEXT, verdict: "STACK_TUNNEL" });
+  });
+
+  test.each([
+    ["begins", SYN, 0],
+    ["begins, and answers", SYN | ACK, 0],
+    ["ends", FIN | ACK, 0],
+    ["ends with data", FIN | PSH | ACK, 100],
+    ["breaks off", RST, 0],
+    ["ends what was to be said", PSH | ACK, 1],
+    ["ends a lot that was to be said", PSH | ACK, 1300],
+    ["ends what was to be said, and slows down", PSH | ACK | ECE | CWR, 1],
+  ])("is opened if it is TCP that %s, and nothing of the flow is in the device", (_, flags, data) => {
+    const input = segment(flags, data);
+    setLastTick(now() - MANY);
+    const out = node.run("from_net", input);
+    expect(out.counted).toEqual([`from_net DECAPSULATED ${input.length}`]);
+    expect(readFrame(out.packet).payload.subarray(20)).toEqual(input.subarray(64 + 20));
+
+    setLastTick(now() + MANY);
+    expectNext(input, "STACK_TUNNEL");
+  });
+
+  test.each<[string, () => void]>([
+    ["data", () => expectNext(segment(ACK, 1), "STACK_TUNNEL")],
+    ["an aggregate", () => void node.run("from_net", segment(PSH | ACK, 1000), { gsoSize: 500 })],
+    [
+      "what is not for a known pod",
+      () => expectNext(arrived({ destination: "172.7.21.99" }), "STACK_TUNNEL"),
+    ],
+    [
+      "a wrong length",
+      () => {
+        const input = arrived();
+        input.writeUInt16BE(input.readUInt16BE(38) - 4, 38);
+        expectNext(input, "STACK_TUNNEL");
+      },
+    ],
+  ])("notes for those that come behind it that it left %s to the device", (_, leave) => {
+    setLastTick(0);
+    leave();
+    const tick = lastTick();
+    expect(tick).not.toBe(0);
+    // Once a tick: it is shared among processors.
+    setLastTick(tick + MANY);
+    expectNext(segment(PSH | ACK, 1), "STACK_TUNNEL");
+    expect((lastTick() - tick) >>> 0).toBeLessThan(MANY);
+  });
+
+  test("waits for the tick after the one that began since a segment was left to the device", () => {
+    const pushed = segment(PSH | ACK, 1);
+    const end = performance.now() + 10_000;
+    // Until no tick begins while it is looked at.
+    for (;;) {
+      const tick = now();
+      const verdicts = [0, 1, 2].map((ago) => {
+        setLastTick(tick - ago);
+        return node.run("from_net", pushed).verdict;
+      });
+      if (now() !== tick && performance.now() < end) continue;
+      expect(verdicts).toEqual(["STACK_TUNNEL", "STACK_TUNNEL", "DECAPSULATED"]);
+      break;
+    }
   });
 
   test("is opened if it is TCP that only acknowledges", () => {
@@ -133,6 +222,9 @@ describe("a tunnel packet of a peer", () => {
         expect(readFrame(out.packet).payload.subarray(20)).toEqual(input.subarray(64 + 20));
       }
     }
+    // Whatever is in the device: it says nothing new if it comes late.
+    setLastTick(now());
+    expect(node.run("from_net", segment(ACK)).verdict).toBe("DECAPSULATED");
     // Cut short where its flags would be.
     const short = ip4(inner({ body: { protocol: TCP, data: new Uint8Array(12) } }));
     expectNext(opened(short), "STACK_TUNNEL");
