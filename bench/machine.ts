@@ -3,6 +3,7 @@ import { createHash } from "node:crypto";
 import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { arch, cpus, release, totalmem } from "node:os";
 import { dirname, join } from "node:path";
+import { setTimeout } from "node:timers/promises";
 import { exec, repository } from "../test/process.ts";
 
 /** Writes `PREFIX.md` and `PREFIX.json`, and prints the former. */
@@ -27,4 +28,26 @@ export async function describeMachine(): Promise<Record<"commit" | "object" | "k
     kernel: `${release()} ${arch()}`,
     machine: `${cpus().length} × ${first?.model.trim() ?? "unknown CPU"}, ${memory} GiB`,
   };
+}
+
+/** Share of the processors' time that somebody used during some milliseconds, 0 to 1. */
+export async function processorUse(milliseconds: number): Promise<number> {
+  const sample = () => {
+    const times = cpus().map((cpu) => cpu.times);
+    const idle = times.reduce((sum, time) => sum + time.idle, 0);
+    const all = times.reduce((sum, time) => sum + time.idle + time.user + time.nice + time.sys + time.irq, 0);
+    return { idle, all };
+  };
+  const before = sample();
+  await setTimeout(milliseconds);
+  const after = sample();
+  return 1 - (after.idle - before.idle) / Math.max(1, after.all - before.all);
+}
+
+/**
+ * Waits until nobody needs the processors any more, as the kernel does for a while after a namespace with many routes has
+ * gone; for two minutes at most.
+ */
+export async function awaitQuiet(): Promise<void> {
+  for (let second = 0; second < 120; second++) if ((await processorUse(1000)) < 0.05) return;
 }

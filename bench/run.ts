@@ -13,15 +13,13 @@
  * QUICK=1 in the environment is for a first look: one round of short loads, without the suites that take long, of the rows
  * that matter most.
  */
-import { cpus } from "node:os";
 import { join } from "node:path";
-import { setTimeout } from "node:timers/promises";
 import { parseArgs } from "node:util";
 import { createLab, type Lab, repository } from "../test/lab.ts";
 import { likeACard } from "./cable.ts";
 import { median, type Report, type Result, resultOf, tables } from "./figures.ts";
 import { forwarding } from "./forwarding.ts";
-import { describeMachine, publish } from "./machine.ts";
+import { describeMachine, processorUse, publish } from "./machine.ts";
 import { masquerade } from "./masquerade.ts";
 import { monitor } from "./monitor.ts";
 import { offloads, streams } from "./streams.ts";
@@ -145,20 +143,6 @@ async function checked(row: Row, path: Path): Promise<string | undefined> {
   } catch (error) {
     throw new Error(`${row.name}: ${error instanceof Error ? error.message : error}`);
   }
-}
-
-/** Share of the processors' time that somebody used during some milliseconds, 0 to 1. */
-async function processorUse(milliseconds: number): Promise<number> {
-  const sample = () => {
-    const times = cpus().map((cpu) => cpu.times);
-    const idle = times.reduce((sum, time) => sum + time.idle, 0);
-    const all = times.reduce((sum, time) => sum + time.idle + time.user + time.nice + time.sys + time.irq, 0);
-    return { idle, all };
-  };
-  const before = sample();
-  await setTimeout(milliseconds);
-  const after = sample();
-  return 1 - (after.idle - before.idle) / Math.max(1, after.all - before.all);
 }
 
 async function describeEnvironment(

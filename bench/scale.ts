@@ -5,20 +5,20 @@
  *   start     from exec to the line "ready", when the last lease is in the kernel (counted afterwards)
  *   event     from etcd's answer to a put of one lease to its row in the map, one after the other
  *   memory    resident, some time after the start and the events
- *   idle      processor time of a minute without any event, from then on
- *   loop      the longest time for which the event loop was held up, during the start, and in another minute without any
- *             event: watching it takes processor time
+ *   idle      processor time of all threads in a minute without any event, from then on
+ *   loop      the longest time for which the event loop was held up, during the start of another host's daemon, and in a
+ *             minute of that one without any event: to watch it takes memory and processor time
  *
  *   node dist/bench/scale.js [--leases N,N,...] [--rounds N] [--idle SECONDS] [--out PREFIX]
  */
-import { readFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout } from "node:timers/promises";
 import { parseArgs } from "node:util";
 import { createLab, type Host, repository } from "../test/lab.ts";
 import { spawnTwilld, type Twilld, twilldFlags } from "../test/twilld.ts";
 import { type Metric, median, percentile, type Report, resultOf, tables } from "./figures.ts";
-import { describeMachine, publish } from "./machine.ts";
+import { awaitQuiet, describeMachine, publish } from "./machine.ts";
 import { FIRST_LEASE, fillLeases } from "./suite.ts";
 
 const EVENTS = 200;
@@ -55,13 +55,10 @@ async function measure(leases: number, idleSeconds: number): Promise<Figures> {
     await host.bridge("docker0", "10.0.1.1/24");
 
     const began = performance.now();
-    const twilld = spawnTwilld(host, twilldFlags(host, etcd), {
-      env: { NODE_OPTIONS: `--import=${join(repository, "bench/lag.mjs")} ${process.env.PROFILE ?? ""}` },
-    });
+    const twilld = spawnTwilld(host, twilldFlags(host, etcd));
     await twilld.says(/ready: pods are forwarded/, { timeout: PATIENCE });
     const startMs = performance.now() - began;
     await verify(host, twilld, leases);
-    const loopAtStartMs = await heldUp(twilld);
 
     const from = `${FIRST_LEASE + leases}`;
     const { stdout } = await host.exec(
@@ -74,10 +71,20 @@ async function measure(leases: number, idleSeconds: number): Promise<Figures> {
     const before = processorMs(twilld.process.pid);
     await setTimeout(idleSeconds * 1000);
     const idlePercent = (processorMs(twilld.process.pid) - before) / (idleSeconds * 10);
-    await watchLoop(twilld);
-    await setTimeout(idleSeconds * 1000);
-    const loopIdleMs = await heldUp(twilld);
     await twilld.stop();
+
+    const other = await lab.host("h2", { address: "192.168.0.22/16" });
+    await other.bridge("docker0", "10.0.2.1/24");
+    const watched = spawnTwilld(other, twilldFlags(other, etcd), {
+      env: { NODE_OPTIONS: `--import=${join(repository, "bench/lag.mjs")}` },
+    });
+    await watched.says(/ready: pods are forwarded/, { timeout: PATIENCE });
+    const loopAtStartMs = await heldUp(watched);
+    await setTimeout(SETTLED_MS);
+    await watchLoop(watched);
+    await setTimeout(idleSeconds * 1000);
+    const loopIdleMs = await heldUp(watched);
+    await watched.stop();
     return { startMs, loopAtStartMs, eventMs: answered, residentMb, idlePercent, loopIdleMs };
   } finally {
     await lab.close();
@@ -116,11 +123,14 @@ function resident(pid: number): number {
   return Number(kilobytes) / 1024;
 }
 
-/** User and system time of a process so far, in milliseconds, in steps of a clock tick (10 ms). */
+/** What all threads of a process have run so far, in milliseconds, as the scheduler has measured it. */
 function processorMs(pid: number): number {
-  const text = readFileSync(`/proc/${pid}/stat`, "utf8");
-  const fields = text.slice(text.lastIndexOf(")") + 2).split(" ");
-  return (Number(fields[11]) + Number(fields[12])) * 10;
+  const directory = `/proc/${pid}/task`;
+  const ran = readdirSync(directory).map((thread) => {
+    const [nanoseconds] = readFileSync(`${directory}/${thread}/schedstat`, "utf8").split(" ");
+    return Number(nanoseconds) / 1e6;
+  });
+  return ran.reduce((sum, ms) => sum + ms, 0);
 }
 
 /** What is shown of a round. */
@@ -178,6 +188,7 @@ async function main(): Promise<void> {
   const results: { leases: number; rounds: Figures[] }[] = counts.map((leases) => ({ leases, rounds: [] }));
   for (let round = 0; round < Number(options.rounds); round++) {
     for (const { leases, rounds } of results) {
+      await awaitQuiet();
       const figures = await measure(leases, Number(options.idle));
       rounds.push(figures);
       process.stdout.write(

@@ -156,10 +156,15 @@ const REFUSED_MS = 500;
 /**
  * A resync reads the kernel's tables, of whose changes we are told anyway, only as often as that takes no more than this
  * share of the time: with a few peers every other time, with some ten thousand as rarely as at all, every ten minutes. The
- * maps are read back each time.
+ * maps it reads back each time while they are small. Where the stack does without a row, they take no more than their own
+ * share: with some ten thousand peers every other time.
  */
 const SURVEY_SHARE = 1 / 4000;
 const SURVEY_AT_LEAST_MS = 600_000;
+/** What it takes at least for each lease, also of rows that were not there yet the last time: who has just written them all
+ * need not read them all. */
+const SURVEY_LEASE_MS = 0.03;
+const MAPS_SHARE = 1 / 1000;
 /** What the rest builds on, and what there may be as many rows of as peers, which matters only once facts are known. */
 const BASE_TABLES: readonly HostTable[] = ["link", "address", "route"];
 const ALL_TABLES: readonly HostTable[] = [...BASE_TABLES, "neighbour", "fdb"];
@@ -227,8 +232,11 @@ export class Agent {
   #isMirrored = false;
   /** When the survey ends, what failed is to be tried again. */
   #retryDue = false;
-  /** When a resync may have the kernel's tables read again. */
+  /** When a resync may have the kernel's tables read again, and the maps. */
   #nextSurvey = 0;
+  #nextReading = 0;
+  /** The maps are to be read back, and not the pins and hooks alone. */
+  #isReadingDue = false;
   /** Programs were loaded, and what is in their maps has not been read since. */
   #mapsUnknown = false;
   #attachmentsStale = false;
@@ -277,6 +285,8 @@ export class Agent {
   readonly #attachments = new Table<AttachmentRow>("attachments");
   /** Those of them without which packets do not get by. */
   #vital: readonly (readonly [key: string, row: AttachmentRow])[] = [];
+  /** Which of them was looked at last, where one is at a time. */
+  #turn = 0;
   /** Whether the stack can't do what they do. */
   #aloneCarry = false;
   readonly #tables: readonly Pick<Table<unknown>, "name" | "retry" | "failures">[];
@@ -317,8 +327,10 @@ export class Agent {
     this.#readingBack = chore(
       "maps",
       () => this.#readMaps(),
-      () => {
-        this.#mapsUnknown = false;
+      (ms) => {
+        // What was asked for meanwhile comes next.
+        if (!this.#isReadingDue) this.#mapsUnknown = false;
+        this.#nextReading = Math.max(this.#nextReading, this.#world.clock.now() + ms / MAPS_SHARE);
       },
     );
     this.#renewing = chore(
@@ -432,6 +444,12 @@ export class Agent {
     if (now < this.#trustedUntil || this.#configText === "") return;
     this.#trustedUntil = now + this.#trustMs;
     this.#trustMs = Math.min(2 * this.#trustMs, Math.max(REFUSED_MS, this.#options.resyncMs));
+    this.#readBack();
+  }
+
+  /** Has all maps read back soon. */
+  #readBack(): void {
+    this.#isReadingDue = true;
     this.#readingBack.ask();
   }
 
@@ -449,13 +467,16 @@ export class Agent {
 
   /**
    * Looks whether those programs are in place without which packets do not get by, or with a wrong address: of a TCX link
-   * that was detached nobody is told. To be called often; it asks the kernel of a few links alone. Returns whether
-   * packets wait for one that is gone: with a tunnel that the programs alone carry, and with masquerade.
+   * that was detached nobody is told. To be called often; it asks the kernel of a few links alone, and where the stack can
+   * do what the programs do, of one each time. Returns whether packets wait for one that is gone: with a tunnel that the
+   * programs alone carry, and with masquerade.
    */
   checkAttachments(): boolean {
-    if (this.#vital.every(([key, row]) => this.#isInPlace(key, row))) return this.#aloneCarry;
+    this.#turn = (this.#turn + 1) % Math.max(1, this.#vital.length);
+    const looked = this.#aloneCarry ? this.#vital : this.#vital.slice(this.#turn, this.#turn + 1);
+    if (looked.every(([key, row]) => this.#isInPlace(key, row))) return this.#aloneCarry;
     // With its pin gone, others may be as well.
-    this.#readingBack.ask();
+    this.#readBack();
     this.#attachmentsStale = true;
     this.#wake();
     return this.#aloneCarry;
@@ -628,6 +649,8 @@ export class Agent {
     // What was refused may have been, because the kernel is not as we believe.
     this.#retryDue = this.#loadDue = true;
     this.#surveying.ask();
+    // One that failed has not read all that it was asked for.
+    this.#isReadingDue ||= this.#readingBack.problem !== undefined;
     for (const each of this.#chores) if (each.problem !== undefined) each.ask();
     this.#wake();
   }
@@ -760,7 +783,7 @@ export class Agent {
 
   #surveyed(ms: number): void {
     this.#isMirrored = true;
-    this.#putOffSurvey(this.#world.clock.now(), ms);
+    this.#putOffSurvey(this.#world.clock.now(), Math.max(ms, SURVEY_LEASE_MS * this.#desired.leases.size));
     this.#baseStale = this.#tidyStale = true;
     // Of rules that choose among routing tables nobody tells.
     this.#renewing.ask();
@@ -1124,7 +1147,8 @@ export class Agent {
       this.#configText = text;
       this.#refused = undefined;
       this.#mapsUnknown = this.#activateStale = true;
-      this.#readingBack.restart();
+      this.#readingBack.stop();
+      this.#readBack();
     };
     const refused = (error: unknown): void => {
       this.#refused = { text, reason: reasonOf(error) };
@@ -1145,9 +1169,10 @@ export class Agent {
 
   *#readMaps(): Steps {
     const { dataplane, observer } = this.#world;
-    const unpinned = dataplane.keepPins();
-    if (this.#ready && unpinned > 0) observer.repaired("pins", unpinned);
+    this.#drifted({ name: "pins" }, dataplane.keepPins());
     this.#attachmentsStale = true;
+    if (!this.#isReadingDue) return;
+    this.#isReadingDue = false;
     const differed = (rows: number): void => {
       if (rows === 0) return;
       if (this.#ready) observer.repaired("maps", rows);
@@ -1367,8 +1392,13 @@ export class Agent {
     this.#baseStale = true;
     // Of what is just being written, there is nothing to be found out.
     if (this.#unread.size === 0) {
-      if (this.#world.clock.now() >= this.#nextSurvey) this.#surveying.ask();
-      if (this.#configText !== "") this.#readingBack.ask();
+      const now = this.#world.clock.now();
+      if (now >= this.#nextSurvey) this.#surveying.ask();
+      if (this.#configText !== "") {
+        const hasFailed = this.#readingBack.problem !== undefined;
+        if (hasFailed || this.#aloneCarry || now >= this.#nextReading) this.#readBack();
+        else this.#readingBack.ask();
+      }
     }
     this.#scheduleResync();
     this.#wake();

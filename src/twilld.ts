@@ -101,7 +101,7 @@ const FLOWS_STEP_MS = 20;
  * to be mended within a second, and sooner where no packet gets by without a program. Waking up costs a millisecond
  * or two of processor time, whatever is looked at then.
  */
-const UNTOLD_MS = 700;
+const UNTOLD_MS = 850;
 const UNTOLD_VITAL_MS = 250;
 
 const FAST_PATHS: Readonly<Record<Settings["fastPath"], FastPath>> = {

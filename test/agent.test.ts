@@ -325,6 +325,36 @@ describe("drift that no notification tells of", () => {
     expect(picture(node)).toEqual(before);
   });
 
+  test.each([
+    ["large maps of vxlan is mended more rarely", VXLAN, 3],
+    ["large maps without a kernel's tunnel beneath is mended within the resync period", { Type: "ipip" }, 1],
+  ])("of %s", async (_, backend, periods) => {
+    const [world, node] = await forwarding(2, backend);
+    await world.pass(node.options.resyncMs);
+    const before = picture(node);
+    let reads = 0;
+    node.dataplane.onRead = (name) => {
+      if (name !== "peers4") return;
+      reads += 1;
+      // As much of it takes as long.
+      world.clock.moveTo(world.clock.now() + 25);
+    };
+    await world.pass(node.options.resyncMs);
+    expect(reads).toBe(1);
+    node.dataplane.maps.peers4.clear();
+    const link = [...node.dataplane.attached.keys()][0] ?? "";
+    node.dataplane.attached.delete(link);
+    for (let period = 1; period < periods; period++) {
+      await world.pass(node.options.resyncMs);
+      expect([reads, node.dataplane.maps.peers4.size]).toEqual([1, 0]);
+      // Pins and hooks are looked at all the same.
+      expect(node.dataplane.attached.has(link)).toBe(true);
+    }
+    await world.pass(node.options.resyncMs);
+    expect(picture(node)).toEqual(before);
+    expect(reads).toBe(2);
+  });
+
   test("of programs without which packets do not get by is mended when they are looked at", async () => {
     const [world, node] = await forwarding(2);
     const before = picture(node);
@@ -335,6 +365,14 @@ describe("drift that no notification tells of", () => {
     await world.settle();
     expect(picture(node)).toEqual(before);
     expect(node.repaired).toContain("attachments");
+    // Of those that the stack can do without, one each time.
+    for (const [key, { row }] of [...node.dataplane.attached]) {
+      if (row.hook === "from_pod" || row.hook === "to_pod") continue;
+      node.dataplane.attached.delete(key);
+      for (let looks = 0; looks < 4; looks++) node.agent?.checkAttachments();
+      await world.settle();
+      expect(picture(node)).toEqual(before);
+    }
     // What cannot be looked at is taken to be as it was, and what is as it was makes no round.
     const { rounds } = node;
     node.agent?.checkAttachments();
