@@ -169,10 +169,13 @@ const MAPS_SHARE = 1 / 1000;
 const BASE_TABLES: readonly HostTable[] = ["link", "address", "route"];
 const ALL_TABLES: readonly HostTable[] = [...BASE_TABLES, "neighbour", "fdb"];
 /**
- * Leases that one round turns into rows. With what it writes of them that takes some milliseconds, and then others have
- * their turn: probes, the watchdog, an answer of etcd.
+ * Leases that one round turns into rows, and for how long it goes on to the next few; to write them takes as long again.
+ * Then others have their turn: probes, the watchdog, an answer of etcd. Code that has just begun to run takes many times
+ * as long for each.
  */
 const LEASES_PER_ROUND = 200;
+const LEASES_AT_A_TIME = 40;
+const LEASES_MS = 5;
 const TABLE_MAIN = 254;
 const UNICAST = 1;
 const BLACKHOLE = 6;
@@ -967,12 +970,17 @@ export class Agent {
       this.#wantRoutes(kindOf(facts.network.backend).routes?.(facts) ?? []);
       this.#rowsStale = false;
     }
-    const some: string[] = [];
-    for (const key of this.#unread) if (some.push(key) === LEASES_PER_ROUND) break;
-    this.#learnPaths(some);
-    for (const key of some) {
-      this.#want(key, this.#desired.leases.get(key), facts);
-      this.#unread.delete(key);
+    const { clock } = this.#world;
+    const began = clock.now();
+    for (let read = 0; read < LEASES_PER_ROUND && this.#unread.size > 0; read += LEASES_AT_A_TIME) {
+      if (clock.now() - began > LEASES_MS) break;
+      const some: string[] = [];
+      for (const key of this.#unread) if (some.push(key) === LEASES_AT_A_TIME) break;
+      this.#learnPaths(some);
+      for (const key of some) {
+        this.#want(key, this.#desired.leases.get(key), facts);
+        this.#unread.delete(key);
+      }
     }
     this.#awaitHeld();
     return this.#unread.size === 0;
