@@ -3,17 +3,17 @@
  *
  * Each is run by BPF_PROG_TEST_RUN on one packet, again and again, in turns with a program that does nothing, whose time
  * is taken off: the clock and the kernel's way in and out are part of both. A run changes the packet, so that each gets a
- * fresh one, and a round's figure is the median of its single runs. Caches are warm, branches are learnt: compare it with itself.
+ * fresh one. `bench/again.c` runs them; bench/programs runs this, with a network and a bpffs of its own.
  *
- *   node dist/bench/programs.js [--runs N] [--out PREFIX]      N runs in all, in five rounds
+ *   bench/programs [--runs N] [--out PREFIX]      N runs of each in all, in five rounds
  */
 import { execFileSync } from "node:child_process";
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { compile } from "../loader/compile.ts";
-import { openObject } from "../loader/object.ts";
+import { type BpfObject, openObject } from "../loader/object.ts";
 import { type Program, programInfo } from "../loader/program.ts";
 import { answer, NODE, Outside, REMOTE } from "../test/bpf/outside.ts";
 import { frame, ip4, type Packet4, readFrame, vxlan4 } from "../test/bpf/packets.ts";
@@ -44,7 +44,9 @@ interface Case {
 }
 
 const REDIRECT = 7;
-const WARM_UP = 500;
+/** The program of again.c, and the processor that it runs on. */
+const again = join(repository, "dist/bench/again");
+const CPU = "1";
 /** Runs are summed up in so many rounds, of which the spread is told. */
 const ROUNDS = 5;
 const body: Packet4["body"] = { udp: [1000, 2000], data: new Uint8Array(64) };
@@ -52,6 +54,11 @@ const body: Packet4["body"] = { udp: [1000, 2000], data: new Uint8Array(64) };
 const sent = (destination: string): Buffer =>
   frame(GATEWAY_MAC, POD.mac, ip4({ source: POD.address, destination, body }));
 const opened = frame(VTEP_MAC, TUNNEL.mac, ip4({ source: TUNNEL.pod, destination: POD.address, body }));
+const tunnelled = frame(
+  LO_MAC,
+  OTHER_MAC,
+  vxlan4({ source: TUNNEL.address, destination: VTEP, frame: opened }),
+);
 const arrived = (packet: Packet4): Buffer => frame(LO_MAC, OTHER_MAC, ip4(packet));
 
 /**
@@ -80,7 +87,7 @@ const cases: readonly Case[] = [
   {
     name: "from_net, decapsulates",
     hook: "from_net",
-    packet: frame(LO_MAC, OTHER_MAC, vxlan4({ source: TUNNEL.address, destination: VTEP, frame: opened })),
+    packet: tunnelled,
     action: REDIRECT,
   },
   {
@@ -119,22 +126,37 @@ function openConnection(outside: Outside): (Case & { readonly node: Node })[] {
   ];
 }
 
-/** A program that lets every packet pass. */
-function loadEmpty(): { program: Program; close(): void } {
+/** What the programs are made of, and a program that does nothing; `times` the same in one run. */
+const steps = [
+  { name: "step: find an address, as in endpoints4 and peers4", program: "address", times: 8 },
+  { name: "step: find a subnet, as in subnets4", program: "subnet", times: 8 },
+  { name: "step: find no flow, as in flows4", program: "flow", times: 8 },
+  { name: "step: make room for the tunnel's headers", program: "grow", times: 1 },
+  { name: "step: take them away", program: "shrink", times: 1 },
+  { name: "step: send to a neighbour", program: "redirect", times: 1 },
+] as const;
+
+function loadSteps(): BpfObject {
   const directory = mkdtempSync(join(tmpdir(), "twill-bench-"));
   try {
-    const source = join(directory, "empty.bpf.c");
-    writeFileSync(
-      source,
-      '#include <linux/bpf.h>\n#include <bpf/bpf_helpers.h>\nSEC("tc")\nint empty(struct __sk_buff *skb)\n{\n\treturn -1;\n}\n',
-    );
+    const source = join(repository, "bench/steps.bpf.c");
     const { path } = compile({ source, includeDirs: [], cacheDir: directory });
-    const object = openObject(readFileSync(path), { name: "empty" });
+    const object = openObject(readFileSync(path), { name: "steps" });
     object.load();
-    return { program: object.program("empty"), close: () => object.close() };
+    const one = Buffer.alloc(4, Buffer.of(1, 0, 0, 0));
+    object.map("addresses").update(one, Buffer.alloc(28));
+    object.map("subnets").update(Buffer.concat([one, one]), Buffer.alloc(28));
+    return object;
   } finally {
     rmSync(directory, { recursive: true, force: true });
   }
+}
+
+/** Pins a program where a process of another program finds it; the mount is this process's. */
+function pinned(program: Program, name: string): string {
+  const path = join("/sys/fs/bpf", name);
+  program.pin(path);
+  return path;
 }
 
 async function main(): Promise<void> {
@@ -148,37 +170,43 @@ async function main(): Promise<void> {
   if (!(runs >= ROUNDS)) throw new Error(`${options.runs} runs are too few: give at least ${ROUNDS}`);
   const node = Node.load({}, "shipped");
   const outside = new Outside({ fast_path: "FAST_PATH_ALWAYS" }, 1024, "shipped");
-  const empty = loadEmpty();
+  const parts = loadSteps();
   try {
     const ctx = Buffer.alloc(192);
     ctx.writeUInt32LE(1, 40); // ifindex of the loopback interface
-    const once = (program: Program, data: Buffer): number =>
-      program.testRun({ data, ctx, dataOutSize: 0 }).durationNs;
     const masqueraded = openConnection(outside);
     const all = [...cases.map((each) => ({ ...each, node })), ...masqueraded];
-    const measured = all.map(({ name, hook, packet, action, node }) => {
-      const program = node.object.program(hook);
+    const programs = [
+      ...all.map(({ hook, node, ...rest }) => ({ ...rest, program: node.object.program(hook), per: 1 })),
+      ...steps.map(({ name, program, times }) => ({
+        ...{ name, packet: tunnelled, action: -1 },
+        ...{ program: parts.program(program), per: times },
+      })),
+    ];
+    const nothing = pinned(parts.program("empty"), "empty");
+    const measured = programs.map(({ name, packet, action, program, per }, index) => {
       const { retval } = program.testRun({ data: packet, ctx });
       if (retval !== action) throw new Error(`${name}: the program answers ${retval} in place of ${action}`);
-      return { name, hook, packet, program, times: [] as number[], bare: [] as number[] };
+      return { name, packet, program, per, path: pinned(program, `p${index}`), ns: [] as number[] };
     });
-    for (let run = -WARM_UP; run < runs; run += 1) {
-      for (const { program, packet, times, bare } of measured) {
-        const [with_, without] = [once(program, packet), once(empty.program, packet)];
-        if (run >= 0) {
-          times.push(with_);
-          bare.push(without);
-        }
+    const bare: number[] = [];
+    for (let round = 0; round < ROUNDS; round++) {
+      for (let turn = 0; turn < measured.length; turn++) {
+        const at = measured[(turn + round) % measured.length];
+        if (at === undefined) continue;
+        const argv = ["-c", CPU, again, at.path, nothing, String(Math.floor(runs / ROUNDS))];
+        const said = execFileSync("taskset", argv, { input: at.packet, encoding: "utf8" });
+        const [time = Number.NaN, without = Number.NaN] = said.split(" ").map(Number);
+        at.ns.push((time - without) / at.per);
+        bare.push(without);
       }
     }
-    const each = Math.floor(runs / ROUNDS);
-    const rounds = Array.from({ length: ROUNDS }, (_, round) => round * each);
     const report: Report = {
       suite: "programs",
       rounds: ROUNDS,
       environment: {
         ...(await describeMachine()),
-        load: `${runs} single runs in ${ROUNDS} rounds; taken off is the median of a program that does nothing, ${median(measured.flatMap(({ bare }) => bare)).toFixed(0)} ns`,
+        load: `${runs} single runs of each in ${ROUNDS} rounds; taken off is a program that does nothing, ${median(bare).toFixed(0)} ns`,
       },
       metrics: [
         { key: "ns", title: "one packet, ns", digits: 0, better: "lower" },
@@ -190,21 +218,15 @@ async function main(): Promise<void> {
           charted: false,
         },
       ],
-      results: measured.map(({ name, program, times, bare }) => {
-        const ns = rounds.map(
-          (from) => median(times.slice(from, from + each)) - median(bare.slice(from, from + each)),
-        );
+      results: measured.map(({ name, program, ns }) => {
         const { instructions } = programInfo(program);
-        return resultOf({
-          row: name,
-          against: [],
-          values: { ns, instructions: rounds.map(() => instructions) },
-        });
+        const values = { ns, instructions: ns.map(() => instructions) };
+        return resultOf({ row: name, against: [], values });
       }),
     };
     publish(options.out, tables(report), [report]);
   } finally {
-    empty.close();
+    parts.close();
     outside.close();
     node.close();
   }
