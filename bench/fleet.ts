@@ -16,7 +16,8 @@
  *
  *   bench/fleet [--nodes N] [--connections N] [--at-once N] [--page] [--out PREFIX]
  *
- * With --page, what it measured goes to docs/scale.md, where that has a place for so many nodes.
+ * With --page, what it measured goes to docs/scale.md, where that has a place for so many nodes. With QUICK=1 in the
+ * environment the phases are too short to be quoted.
  */
 import { type ChildProcess, spawn } from "node:child_process";
 import { readFileSync, writeFileSync } from "node:fs";
@@ -42,9 +43,11 @@ import { Worker } from "./worker.ts";
 const ENDPOINT = "http://127.0.0.1:2379";
 const PREFIX = "/coreos.com/network";
 const CONFIG = { Network: "10.0.0.0/8", SubnetLen: 24, Backend: { Type: "vxlan" } };
-const CHANGES_SECONDS = 60;
-const IDLE_SECONDS = 15;
-const BURST_SECONDS = 10;
+/** For a first look: whether all of it works. */
+const quick = process.env.QUICK === "1";
+const CHANGES_SECONDS = quick ? 3 : 60;
+const IDLE_SECONDS = quick ? 1 : 15;
+const BURST_SECONDS = quick ? 2 : 10;
 /** Clusters that the page reckons for. */
 const SIZES = [1000, 5000, 10_000, 50_000, 100_000];
 
