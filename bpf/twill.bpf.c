@@ -392,7 +392,7 @@ static __always_inline int may_open_tcp4(struct __sk_buff *skb, __u32 offset, co
 	struct in_device *device;
 	__u8 head[2]; /* length, flags */
 
-	if (packet->header != sizeof(struct iphdr) ||
+	if (packet->header != sizeof(struct iphdr) || packet->fragment ||
 	    bpf_skb_load_bytes(skb, offset + sizeof(struct iphdr) + TCP_LENGTH, head, sizeof(head)))
 		return 0;
 	if (packet->length == sizeof(struct iphdr) + (head[0] >> 4) * 4 && (head[1] & ~TCP_ECE) == TCP_ACK)

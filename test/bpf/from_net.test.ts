@@ -3,6 +3,7 @@ import { afterAll, beforeAll, beforeEach, describe, expect, test } from "vitest"
 import { Limit } from "../../src/abi/twill.gen.ts";
 import { tcp } from "./outside.ts";
 import {
+  checksum,
   ETH_IP,
   frame,
   ip4,
@@ -146,6 +147,18 @@ describe("a tunnel packet of a peer", () => {
         setLastTick(tick);
         expectNext(segment(flags, data, time), "STACK_TUNNEL");
       }
+    }
+    // A segment in pieces, of which only the first has its flags.
+    setLastTick(now() - MANY);
+    const whole = tcp(inner({ body: { tcp: [1, 2], data: new Uint8Array() } }), PSH | ACK, {
+      data: new Uint8Array(64).fill(0xff),
+    });
+    for (const field of [0x2000, 0x0003]) {
+      const piece = Buffer.from(whole);
+      piece.writeUInt16BE(field, 6);
+      piece.writeUInt16BE(0, 10);
+      piece.writeUInt16BE(checksum(piece.subarray(0, 20)), 10);
+      expectNext(opened(piece), "STACK_TUNNEL");
     }
     const out = node.run("from_net", arrived({ body: udpOf(1000) }), { gsoSize: 500 });
     expect(out).toMatchObject({ action: NEXT, verdict: "STACK_TUNNEL" });
