@@ -83,7 +83,7 @@ static void sink(struct sockaddr_in *address, double seconds, int polls)
 	struct iovec parts[BATCH];
 	struct timeval patience = { .tv_sec = 5 };
 	uint64_t packets = 0, begin = 0, end = 0, at;
-	int fd = open_socket(SOCK_DGRAM), n, counts = 0;
+	int fd = open_socket(SOCK_DGRAM), n, counts = 0, how = MSG_WAITFORONE;
 
 	for (int i = 0; i < BATCH; i++) {
 		parts[i] = (struct iovec){ bytes[i], MAX_SIZE };
@@ -95,11 +95,15 @@ static void sink(struct sockaddr_in *address, double seconds, int polls)
 		fail("bind");
 	puts("ready");
 	do {
-		n = recvmmsg(fd, messages, BATCH, polls && begin ? MSG_DONTWAIT : MSG_WAITFORONE, NULL);
-		if (n < 0 && !(polls && begin && errno == EAGAIN))
+		n = recvmmsg(fd, messages, BATCH, how, NULL);
+		if (n < 0 && how == MSG_DONTWAIT && errno == EAGAIN)
+			n = 0;
+		if (n < 0)
 			fail("no packet arrived");
 		at = now();
 		if (!begin) {
+			/* The first one is waited for in any case. */
+			how = polls ? MSG_DONTWAIT : MSG_WAITFORONE;
 			begin = at + WARM_UP;
 			end = begin + (uint64_t)(seconds * 1e9);
 		}
@@ -108,7 +112,7 @@ static void sink(struct sockaddr_in *address, double seconds, int polls)
 		if (!counts)
 			puts("counting");
 		counts = 1;
-		packets += n > 0 ? n : 0;
+		packets += n;
 	} while (at < end);
 	printf("{\"packetsPerSecond\": %.1f}\n", packets / ((at - begin) / 1e9));
 }

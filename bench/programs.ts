@@ -15,6 +15,7 @@ import { parseArgs } from "node:util";
 import { compile } from "../loader/compile.ts";
 import { type BpfObject, openObject } from "../loader/object.ts";
 import { type Program, programInfo } from "../loader/program.ts";
+import { address4Layout, endpoint4Layout, peer4Layout, subnet4Layout } from "../src/abi/twill.gen.ts";
 import { answer, NODE, Outside, REMOTE } from "../test/bpf/outside.ts";
 import { frame, ip4, type Packet4, readFrame, vxlan4 } from "../test/bpf/packets.ts";
 import {
@@ -140,12 +141,12 @@ function loadSteps(): BpfObject {
   const directory = mkdtempSync(join(tmpdir(), "twill-bench-"));
   try {
     const source = join(repository, "bench/steps.bpf.c");
-    const { path } = compile({ source, includeDirs: [], cacheDir: directory });
+    const { path } = compile({ source, includeDirs: [join(repository, "bpf")], cacheDir: directory });
     const object = openObject(readFileSync(path), { name: "steps" });
     object.load();
-    const one = Buffer.alloc(4, Buffer.of(1, 0, 0, 0));
-    object.map("addresses").update(one, Buffer.alloc(28));
-    object.map("subnets").update(Buffer.concat([one, one]), Buffer.alloc(28));
+    // What is asked for is all zeros.
+    object.map("addresses").update(Buffer.alloc(address4Layout.size), Buffer.alloc(endpoint4Layout.size));
+    object.map("subnets").update(Buffer.alloc(subnet4Layout.size), Buffer.alloc(peer4Layout.size));
     return object;
   } finally {
     rmSync(directory, { recursive: true, force: true });

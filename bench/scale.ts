@@ -186,9 +186,10 @@ async function main(): Promise<void> {
   for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, () => process.exit(130));
   const counts = options.leases.split(",").map(Number);
   const results: { leases: number; rounds: Figures[] }[] = counts.map((leases) => ({ leases, rounds: [] }));
+  const busy: number[] = [];
   for (let round = 0; round < Number(options.rounds); round++) {
     for (const { leases, rounds } of results) {
-      await awaitQuiet();
+      busy.push(await awaitQuiet());
       const figures = await measure(leases, Number(options.idle));
       rounds.push(figures);
       process.stdout.write(
@@ -202,6 +203,7 @@ async function main(): Promise<void> {
     environment: {
       ...(await describeMachine()),
       load: `one twilld, the leases of imaginary nodes; ${EVENTS} events, then ${options.idle} s without any`,
+      others: `before each start, at most ${(100 * Math.max(...busy)).toFixed(0)} % of the processors was in use`,
     },
     metrics: METRICS.map(({ of: _, ...metric }) => metric),
     results: results.map(({ leases, rounds }) =>

@@ -3,6 +3,7 @@
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
 #include <bpf/bpf_helpers.h>
+#include "abi.h"
 
 #define NEXT (-1)
 /* Look-ups in one run, as the clock counts in tens of nanoseconds. */
@@ -14,42 +15,30 @@
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
-struct value {
-	__u32 words[7];
-};
-
-struct key8 {
-	__u32 words[2];
-};
-
-struct key16 {
-	__u32 words[4];
-};
-
 /* As endpoints4 and peers4. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 65536);
-	__type(key, __u32);
-	__type(value, struct value);
+	__uint(max_entries, ENDPOINTS_MAX);
+	__type(key, struct address4);
+	__type(value, struct endpoint4);
 } addresses SEC(".maps");
 
 /* As subnets4. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 65536);
-	__type(key, struct key8);
-	__type(value, struct value);
+	__uint(max_entries, SUBNETS_MAX);
+	__type(key, struct subnet4);
+	__type(value, struct peer4);
 } subnets SEC(".maps");
 
 /* As flows4, in which most packets find nothing. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 65536);
-	__type(key, struct key16);
-	__type(value, __u64);
+	__uint(max_entries, FLOWS_MAX);
+	__type(key, struct flow4);
+	__type(value, struct flow);
 } flows SEC(".maps");
 
 SEC("tc")
@@ -58,40 +47,38 @@ int empty(struct __sk_buff *skb)
 	return NEXT;
 }
 
-SEC("tc")
-int address(struct __sk_buff *skb)
+static __always_inline int times_found(void *map, const void *key)
 {
-	__u32 key = 1;
 	int found = 0;
 
 #pragma unroll
 	for (int i = 0; i < TIMES; i++)
-		found += bpf_map_lookup_elem(&addresses, &key) != 0;
-	return found == TIMES ? NEXT : 0;
+		found += bpf_map_lookup_elem(map, key) != 0;
+	return found;
+}
+
+SEC("tc")
+int address(struct __sk_buff *skb)
+{
+	struct address4 key = {};
+
+	return times_found(&addresses, &key) == TIMES ? NEXT : 0;
 }
 
 SEC("tc")
 int subnet(struct __sk_buff *skb)
 {
-	struct key8 key = { { 1, 1 } };
-	int found = 0;
+	struct subnet4 key = {};
 
-#pragma unroll
-	for (int i = 0; i < TIMES; i++)
-		found += bpf_map_lookup_elem(&subnets, &key) != 0;
-	return found == TIMES ? NEXT : 0;
+	return times_found(&subnets, &key) == TIMES ? NEXT : 0;
 }
 
 SEC("tc")
 int flow(struct __sk_buff *skb)
 {
-	struct key16 key = { { 1, 2, 3, 4 } };
-	int found = 0;
+	struct flow4 key = {};
 
-#pragma unroll
-	for (int i = 0; i < TIMES; i++)
-		found += bpf_map_lookup_elem(&flows, &key) != 0;
-	return found ? 0 : NEXT;
+	return times_found(&flows, &key) ? 0 : NEXT;
 }
 
 SEC("tc")
@@ -101,7 +88,7 @@ int grow(struct __sk_buff *skb)
 			    BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP |
 			    BPF_F_ADJ_ROOM_ENCAP_L2(ETH_HLEN) | BPF_F_ADJ_ROOM_ENCAP_L2_ETH;
 
-	return bpf_skb_adjust_room(skb, 50, BPF_ADJ_ROOM_MAC, flags) ? 0 : NEXT;
+	return bpf_skb_adjust_room(skb, VXLAN_OVERHEAD4, BPF_ADJ_ROOM_MAC, flags) ? 0 : NEXT;
 }
 
 SEC("tc")
@@ -109,7 +96,7 @@ int shrink(struct __sk_buff *skb)
 {
 	const __u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET;
 
-	return bpf_skb_adjust_room(skb, -50, BPF_ADJ_ROOM_MAC, flags) ? 0 : NEXT;
+	return bpf_skb_adjust_room(skb, -(__s32)VXLAN_OVERHEAD4, BPF_ADJ_ROOM_MAC, flags) ? 0 : NEXT;
 }
 
 SEC("tc")

@@ -365,8 +365,8 @@ static __always_inline struct in_device *in_device_of(const struct packet4 *oute
 	return bpf_map_lookup_elem(&in_device4, &index);
 }
 
-/* Leaves a tunnel packet in order to the kernel's device. What comes behind it soon must not overtake it. */
-static __always_inline int leave_to_device(const struct packet4 *outer)
+/* Notes that a tunnel packet in order is left to the kernel's device. What comes behind it soon must not overtake it. */
+static __always_inline void note_left_to_device(const struct packet4 *outer)
 {
 	struct in_device *device = in_device_of(outer);
 	__u32 tick = bpf_jiffies64();
@@ -374,7 +374,6 @@ static __always_inline int leave_to_device(const struct packet4 *outer)
 	/* Processors share it: it is written once a tick. */
 	if (device && device->tick != tick)
 		device->tick = tick;
-	return NEXT;
 }
 
 /*
@@ -449,22 +448,22 @@ static __always_inline int from_tunnel4(struct __sk_buff *skb, const struct pack
 	if (!config.decapsulate || outer->fragment || outer->header != sizeof(*ip) || segment_size(skb) ||
 	    headers.vxlan.flags != VXLAN_FLAG_VNI || headers.ethernet.h_proto != bpf_htons(ETH_P_IP) ||
 	    !is_vtep_mac(headers.ethernet.h_dest))
-		return leave_to_device(outer);
+		return NEXT;
 	*verdict = VERDICT_DROP_MALFORMED;
 	if (parse4(skb, INNER_IP, &inner) != PARSED || inner.length + INNER_IP - ETH_HLEN > outer->length)
 		return DROP;
 	*verdict = VERDICT_STACK_TUNNEL;
 	if (inner.protocol == IPPROTO_TCP && !may_open_tcp4(skb, INNER_IP, outer, &inner))
-		return leave_to_device(outer);
+		return NEXT;
 	/* What the kernel would find wrong with the outer headers is for it to find. */
 	ip = packet_data(skb) + ETH_HLEN;
 	if ((void *)(ip + 1) > packet_end(skb) || header_checksum(ip) ||
 	    bpf_ntohs(headers.udp.len) + sizeof(*ip) != outer->length)
-		return leave_to_device(outer);
+		return NEXT;
 	endpoint = endpoint_of4(inner.destination);
 	if (!endpoint || !in_network4(inner.source) ||
 	    needs_stack4(skb, INNER_IP, &inner, endpoint->mtu) != VERDICT_UNRELATED)
-		return leave_to_device(outer);
+		return NEXT;
 	return decapsulate4(skb, endpoint, outer->tos, &inner, verdict);
 }
 
@@ -533,6 +532,8 @@ int from_net(struct __sk_buff *skb)
 			goto out;
 		}
 		action = from_tunnel4(skb, &packet, before, &verdict);
+		if (config.decapsulate && verdict == VERDICT_STACK_TUNNEL)
+			note_left_to_device(&packet);
 	} else if (is_local_pod4(packet.destination)) {
 		action = to_own_pod4(skb, &packet, &verdict);
 	} else if (config.masquerade) {

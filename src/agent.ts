@@ -201,6 +201,8 @@ export class Agent {
   readonly #surveying: Chore;
   /** Reads the maps back. */
   readonly #readingBack: Chore;
+  /** Keeps the pins, and has the hooks looked at. */
+  readonly #keepingPins: Chore;
   /** Looks the paths to peers up again. */
   readonly #renewing: Chore;
   readonly #options: AgentOptions;
@@ -238,8 +240,6 @@ export class Agent {
   /** When a resync may have the kernel's tables read again, and the maps. */
   #nextSurvey = 0;
   #nextReading = 0;
-  /** The maps are to be read back, and not the pins and hooks alone. */
-  #isReadingDue = false;
   /** Programs were loaded, and what is in their maps has not been read since. */
   #mapsUnknown = false;
   #attachmentsStale = false;
@@ -331,10 +331,14 @@ export class Agent {
       "maps",
       () => this.#readMaps(),
       (ms) => {
-        // What was asked for meanwhile comes next.
-        if (!this.#isReadingDue) this.#mapsUnknown = false;
-        this.#nextReading = Math.max(this.#nextReading, this.#world.clock.now() + ms / MAPS_SHARE);
+        this.#mapsUnknown = false;
+        this.#nextReading = this.#world.clock.now() + ms / MAPS_SHARE;
       },
+    );
+    this.#keepingPins = chore(
+      "pins",
+      () => this.#keepPins(),
+      () => undefined,
     );
     this.#renewing = chore(
       "route look-up",
@@ -447,12 +451,6 @@ export class Agent {
     if (now < this.#trustedUntil || this.#configText === "") return;
     this.#trustedUntil = now + this.#trustMs;
     this.#trustMs = Math.min(2 * this.#trustMs, Math.max(REFUSED_MS, this.#options.resyncMs));
-    this.#readBack();
-  }
-
-  /** Has all maps read back soon. */
-  #readBack(): void {
-    this.#isReadingDue = true;
     this.#readingBack.ask();
   }
 
@@ -479,7 +477,8 @@ export class Agent {
     const looked = this.#aloneCarry ? this.#vital : this.#vital.slice(this.#turn, this.#turn + 1);
     if (looked.every(([key, row]) => this.#isInPlace(key, row))) return this.#aloneCarry;
     // With its pin gone, others may be as well.
-    this.#readBack();
+    this.#keepingPins.ask();
+    this.#readingBack.ask();
     this.#attachmentsStale = true;
     this.#wake();
     return this.#aloneCarry;
@@ -652,8 +651,6 @@ export class Agent {
     // What was refused may have been, because the kernel is not as we believe.
     this.#retryDue = this.#loadDue = true;
     this.#surveying.ask();
-    // One that failed has not read all that it was asked for.
-    this.#isReadingDue ||= this.#readingBack.problem !== undefined;
     for (const each of this.#chores) if (each.problem !== undefined) each.ask();
     this.#wake();
   }
@@ -1155,8 +1152,8 @@ export class Agent {
       this.#configText = text;
       this.#refused = undefined;
       this.#mapsUnknown = this.#activateStale = true;
-      this.#readingBack.stop();
-      this.#readBack();
+      this.#keepingPins.ask();
+      this.#readingBack.restart();
     };
     const refused = (error: unknown): void => {
       this.#refused = { text, reason: reasonOf(error) };
@@ -1175,12 +1172,14 @@ export class Agent {
     this.#activateStale = false;
   }
 
-  *#readMaps(): Steps {
-    const { dataplane, observer } = this.#world;
-    this.#drifted({ name: "pins" }, dataplane.keepPins());
+  // biome-ignore lint/correctness/useYield: all of it is one step
+  *#keepPins(): Steps {
+    this.#drifted({ name: "pins" }, this.#world.dataplane.keepPins());
     this.#attachmentsStale = true;
-    if (!this.#isReadingDue) return;
-    this.#isReadingDue = false;
+  }
+
+  *#readMaps(): Steps {
+    const { observer } = this.#world;
     const differed = (rows: number): void => {
       if (rows === 0) return;
       if (this.#ready) observer.repaired("maps", rows);
@@ -1403,9 +1402,8 @@ export class Agent {
       const now = this.#world.clock.now();
       if (now >= this.#nextSurvey) this.#surveying.ask();
       if (this.#configText !== "") {
-        const hasFailed = this.#readingBack.problem !== undefined;
-        if (hasFailed || this.#aloneCarry || now >= this.#nextReading) this.#readBack();
-        else this.#readingBack.ask();
+        this.#keepingPins.ask();
+        if (this.#aloneCarry || now >= this.#nextReading) this.#readingBack.ask();
       }
     }
     this.#scheduleResync();
@@ -1424,7 +1422,7 @@ export class Agent {
   }
 
   get #chores(): readonly Chore[] {
-    return [this.#surveying, this.#readingBack, this.#renewing];
+    return [this.#surveying, this.#keepingPins, this.#readingBack, this.#renewing];
   }
 
   /** Has the mirror learn at once of interfaces and their addresses that were changed from here. */
