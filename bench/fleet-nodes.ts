@@ -11,7 +11,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { LeaseKeeper } from "../src/agent/lease.ts";
 import { kindOf } from "../src/core/backends.ts";
 import { claim, type Desired, emptyDesired, fold, takeTouched } from "../src/core/desired.ts";
-import type { Prefix } from "../src/core/ipv4.ts";
+import { formatIpv4, type Prefix } from "../src/core/ipv4.ts";
 import type { Network, StoreEvent } from "../src/core/model.ts";
 import type { World } from "../src/core/world.ts";
 import { openStore, type Store } from "../src/edge/etcd.ts";
@@ -24,6 +24,11 @@ const FOLDED_MAX = 2_000_000;
 const MARGIN_MS = 3_600_000;
 /** The first node's address; in a network of its own, beside the pods'. */
 const FIRST_ADDRESS = 0xac100001;
+/**
+ * Where the first connection finds etcd. Each has an address of its own there, as gRPC shares connections to one address
+ * within a process, and goes through all of them to find out.
+ */
+const FIRST_ENDPOINT = 0x7f010001;
 
 const PREFIX = "/coreos.com/network";
 const quiet = {
@@ -84,7 +89,6 @@ class NodeClock {
 class FleetNode {
   readonly #number: number;
   readonly #folds: boolean;
-  readonly #connection: string;
   readonly #endpoint: string;
   readonly #clock = new NodeClock();
   #macs = 0;
@@ -101,10 +105,9 @@ class FleetNode {
   #isWritten: () => void = () => undefined;
   #isSynced: () => void = () => undefined;
 
-  constructor(number: number, folds: boolean, connection: string, endpoint: string) {
+  constructor(number: number, folds: boolean, endpoint: string) {
     this.#number = number;
     this.#folds = folds;
-    this.#connection = connection;
     this.#endpoint = endpoint;
   }
 
@@ -128,7 +131,6 @@ class FleetNode {
       endpoints: [this.#endpoint],
       prefix: PREFIX,
       log: quiet,
-      connection: this.#connection,
       onState: ({ connected }) => {
         if (!connected) interruptions += 1;
       },
@@ -297,11 +299,12 @@ async function obey(order: NodesOrder): Promise<NodesReading | undefined> {
   };
   switch (order.do) {
     case "boot": {
-      const { count, connections, endpoint, atOnce } = order;
+      const { count, connections, atOnce } = order;
       folding = Math.min(count, Math.floor(FOLDED_MAX / count));
       for (let n = 0; n < count; n++) {
         const folds = Math.floor((n * folding) / count) !== Math.floor(((n + 1) * folding) / count);
-        nodes.push(new FleetNode(n, folds, `${n % connections}`, endpoint));
+        const endpoint = `http://${formatIpv4(FIRST_ENDPOINT + (n % connections))}:2379`;
+        nodes.push(new FleetNode(n, folds, endpoint));
       }
       await each(nodes, atOnce, (node) => node.boot());
       return undefined;

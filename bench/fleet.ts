@@ -41,6 +41,8 @@ import {
 import { Worker } from "./worker.ts";
 
 const ENDPOINT = "http://127.0.0.1:2379";
+/** etcd answers at all addresses of its namespace's loopback interface, see `FIRST_ENDPOINT` of the nodes. */
+const LISTEN = "http://0.0.0.0:2379";
 const PREFIX = "/coreos.com/network";
 const CONFIG = { Network: "10.0.0.0/8", SubnetLen: 24, Backend: { Type: "vxlan" } };
 /** For a first look: whether all of it works. */
@@ -52,7 +54,7 @@ const BURST_SECONDS = quick ? 2 : 10;
 const SIZES = [1000, 5000, 10_000, 50_000, 100_000];
 
 export type NodesOrder =
-  | { do: "boot"; count: number; connections: number; endpoint: string; atOnce: number }
+  | { do: "boot"; count: number; connections: number; atOnce: number }
   | { do: "restart" | "reread"; count: number; atOnce: number }
   | { do: "change" | "renew"; count: number; seconds: number }
   | { do: "catch up"; revision: string }
@@ -96,7 +98,7 @@ async function startEtcd(directory: string): Promise<ChildProcess> {
     "etcd",
     [
       ["--logger=zap", "--log-level=info", "--name=fleet", `--data-dir=${join(directory, "etcd")}`],
-      ["--unsafe-no-fsync", `--listen-client-urls=${ENDPOINT}`, `--advertise-client-urls=${ENDPOINT}`],
+      ["--unsafe-no-fsync", `--listen-client-urls=${LISTEN}`, `--advertise-client-urls=${ENDPOINT}`],
       [
         `--listen-peer-urls=${peers}`,
         `--initial-advertise-peer-urls=${peers}`,
@@ -183,11 +185,15 @@ async function main(): Promise<void> {
     endpoints: [ENDPOINT],
     prefix: PREFIX,
     log: { debug: () => undefined, warn: () => undefined },
-    connection: "fleet",
   });
   await store.create("config", JSON.stringify(CONFIG), 86_400);
   const empty = await readEtcd(etcdPid);
-  const nodes = new Worker<NodesOrder, NodesReading>("fleet-nodes.js", ["--max-old-space-size=12000"], fail);
+  // Thousands of nodes hear of one write at once: what that makes must not outgrow the young generation.
+  const nodes = new Worker<NodesOrder, NodesReading>(
+    "fleet-nodes.js",
+    ["--max-old-space-size=12000", "--max-semi-space-size=256"],
+    fail,
+  );
   // As bin/start.js sets V8.
   const agent = new Worker<AgentOrder, AgentReading>(
     "fleet-agent.js",
@@ -246,7 +252,7 @@ async function main(): Promise<void> {
 
   const [tenth, fifth] = [Math.round(count / 10), Math.round(count / 5)];
   const changing = Math.max(1, Math.round(count / 100));
-  await run("boot", count, () => nodes.tell({ do: "boot", count, connections, endpoint: ENDPOINT, atOnce }));
+  await run("boot", count, () => nodes.tell({ do: "boot", count, connections, atOnce }));
   if (before.agent.peers !== count) throw new Error(`the agent has ${before.agent.peers} peers of ${count}`);
   await run("idle", 0, () => sleep(IDLE_SECONDS * 1000));
   await run("renewals", tenth, () => nodes.tell({ do: "renew", count: tenth, seconds: BURST_SECONDS }));

@@ -87,8 +87,6 @@ export interface StoreOptions {
   readonly onState?: (state: StoreState) => void;
   /** Period in milliseconds at which the files are looked at for a change; default 10 000. */
   readonly credentialCheckMs?: number;
-  /** Stores of this process that name another one here have a connection of their own; by default all share one. */
-  readonly connection?: string;
 }
 
 /** One key of the store. */
@@ -176,9 +174,6 @@ const CHANNEL = {
   "grpc.enable_retries": 0,
   "grpc.service_config_disable_resolution": 1,
 } as const;
-
-/** An option of channels that keeps those of different values apart. */
-const CONNECTION = "twill.connection";
 
 /**
  * Opens the store without connecting yet: `watch` and the calls do that and keep at it.
@@ -775,9 +770,7 @@ async function dial(
     });
   const settings: IOptions = {
     hosts: endpoint,
-    // Channels share a connection if all their options are alike, those that the package does not know included.
-    grpcOptions:
-      options.connection === undefined ? CHANNEL : { ...CHANNEL, [CONNECTION]: options.connection },
+    grpcOptions: CHANNEL,
     defaultCallOptions: (context) => ({
       interceptors: [interceptor],
       ...(context.isStream ? {} : { deadline: Date.now() + ANSWER_MS }),
