@@ -194,7 +194,7 @@ async function main(): Promise<void> {
     ["--max-old-space-size=12000", "--max-semi-space-size=256"],
     fail,
   );
-  // As bin/start.js sets V8.
+  // As twilld has V8 once its start is over.
   const agent = new Worker<AgentOrder, AgentReading>(
     "fleet-agent.js",
     ["--semi-space-growth-factor=1"],

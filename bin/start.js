@@ -2,7 +2,6 @@ import { existsSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { dirname } from "node:path";
 import { fileURLToPath } from "node:url";
-import { setFlagsFromString } from "node:v8";
 import { Script } from "node:vm";
 
 /** The daemon in one file, and what V8 has made of it; `bundle.js` makes both. */
@@ -11,8 +10,6 @@ export const CODE_CACHE = `${BUNDLE}.cache`;
 
 /** Runs the daemon in this process, as Node would run the file, but without compiling what is compiled already. */
 export function start() {
-  // A daemon that waits needs no young generation of 48 MiB, which V8 would not give back.
-  setFlagsFromString("--semi-space-growth-factor=1");
   const parameters = ["exports", "require", "module", "__filename", "__dirname"];
   // In its first line, so that lines are those of the file.
   const source = `(function (${parameters.join(", ")}) {${readFileSync(BUNDLE, "latin1")}\n})`;
