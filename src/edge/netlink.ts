@@ -10,7 +10,7 @@
  */
 import { constants } from "node:os";
 import { getSystemErrorMap } from "node:util";
-import { errno, openLibrary, type Watch, watchFd } from "../../loader/ffi.ts";
+import { addressOf, errno, openLibrary, type Watch, watchFd } from "../../loader/ffi.ts";
 import type {
   Address,
   FdbEntry,
@@ -176,6 +176,7 @@ const SOCK_RAW_CLOEXEC = 3 | 0o2000000;
 const NETLINK_ROUTE = 0;
 const MSG_TRUNC = 0x20;
 const MSG_DONTWAIT = 0x40;
+const MSG_WAITFORONE = 0x10000;
 const SOL_SOCKET = 1;
 const SO_SNDBUF = 7;
 const SO_RCVBUF = 8;
@@ -217,6 +218,16 @@ const ADVICE: Readonly<Record<string, string>> = {
 
 /** One datagram never holds more than 32 KiB when the kernel dumps; a batch of acks is far smaller. */
 const RECEIVE_BYTES = 128 * 1024;
+/** Datagrams that are taken in one call, where many short ones are to be expected: the call takes longer than its work. */
+const DATAGRAMS_PER_CALL = 16;
+/** `struct mmsghdr`, `struct sockaddr_nl` and `struct iovec`, and where their fields are. */
+const MMSGHDR = { bytes: 64, name: 0, nameLength: 8, iov: 16, iovLength: 24, length: 56 };
+const SOCKADDR_NL = { bytes: 12, pid: 4 };
+const IOVEC = { bytes: 16, base: 0, length: 8 };
+/** Where those of all datagrams are in their memory. */
+const NAMES = DATAGRAMS_PER_CALL * MMSGHDR.bytes;
+const VECTORS = NAMES + DATAGRAMS_PER_CALL * 16;
+const HEADERS_BYTES = VECTORS + DATAGRAMS_PER_CALL * IOVEC.bytes;
 const SEND_BYTES = 64 * 1024;
 /** Longest request; see `Writer.room`. */
 const REQUEST_BYTES = 512;
@@ -238,18 +249,39 @@ const call = {
   getsockopt: libc.prepare("getsockopt", "int", ["int", "int", "int", "pointer", "pointer"]),
   bind: libc.prepare("bind", "int", ["int", "pointer", "uint"]),
   send: libc.prepare("send", "ssize", ["int", "pointer", "size", "int"]),
-  recvfrom: libc.prepare("recvfrom", "ssize", ["int", "pointer", "size", "int", "pointer", "pointer"]),
+  recvmmsg: libc.prepare("recvmmsg", "int", ["int", "pointer", "uint", "int", "pointer"]),
   close: libc.prepare("close", "int", ["int"]),
 };
 
 /** A bound rtnetlink socket. */
 class Socket {
   readonly fd: number;
-  readonly buffer = Buffer.allocUnsafeSlow(RECEIVE_BYTES);
-  private readonly sender = Buffer.alloc(12);
-  private readonly senderLength = Buffer.alloc(4);
+  /** The datagram that was received last. */
+  buffer: Buffer;
+  private readonly buffers: readonly Buffer[];
+  /** The kernel's headers of them, and what these point to. */
+  private readonly headers = Buffer.alloc(HEADERS_BYTES);
+  /** Of those taken from the kernel, how many there are, and which is to be passed on next. */
+  private taken = 0;
+  private next = 0;
 
   constructor(receiveBuffer: number) {
+    // Of these only the pages are ever used that a datagram comes to lie on.
+    const memory = Buffer.allocUnsafeSlow(DATAGRAMS_PER_CALL * RECEIVE_BYTES);
+    const { headers } = this;
+    const pointTo = (at: number, address: number): number => headers.writeBigUInt64LE(BigInt(address), at);
+    this.buffers = Array.from({ length: DATAGRAMS_PER_CALL }, (_, i) => {
+      const header = i * MMSGHDR.bytes;
+      const vector = VECTORS + i * IOVEC.bytes;
+      const bytes = i * RECEIVE_BYTES;
+      pointTo(header + MMSGHDR.name, addressOf(headers) + NAMES + i * SOCKADDR_NL.bytes);
+      pointTo(header + MMSGHDR.iov, addressOf(headers) + vector);
+      headers.writeUInt32LE(1, header + MMSGHDR.iovLength);
+      pointTo(vector + IOVEC.base, addressOf(memory) + bytes);
+      headers.writeUInt32LE(RECEIVE_BYTES, vector + IOVEC.length);
+      return memory.subarray(bytes, bytes + RECEIVE_BYTES);
+    });
+    this.buffer = memory;
     this.fd = call.socket(AF_NETLINK, SOCK_RAW_CLOEXEC, NETLINK_ROUTE);
     if (this.fd < 0) throw new NetlinkError("open a netlink socket", errno());
     try {
@@ -312,24 +344,31 @@ class Socket {
     }
   }
 
+  /** Whether the next datagram is here already. */
+  get hasNext(): boolean {
+    return this.next < this.taken;
+  }
+
   /**
-   * Reads one datagram from the kernel into `buffer` and returns its length, which is more than the buffer
-   * holds if it was cut; a negative errno on failure. Datagrams of other processes are dropped.
+   * Puts the next datagram of the kernel into `buffer` and returns its length, which is more than the buffer
+   * holds if it was cut; a negative errno on failure. Takes so many from the socket at once, without waiting for more than
+   * one. Datagrams of other processes are dropped.
    */
-  receive(flags: number): number {
+  receive(flags: number, most = 1): number {
+    const { headers } = this;
     for (;;) {
-      this.senderLength.writeUInt32LE(12);
-      const length = call.recvfrom(
-        this.fd,
-        this.buffer,
-        RECEIVE_BYTES,
-        flags | MSG_TRUNC,
-        this.sender,
-        this.senderLength,
-      );
-      if (length < 0 && errno() === EINTR) continue;
-      if (length < 0) return -errno();
-      if (this.sender.readUInt32LE(4) === 0) return length;
+      if (!this.hasNext) {
+        for (let i = 0; i < most; i++)
+          headers.writeUInt32LE(SOCKADDR_NL.bytes, i * MMSGHDR.bytes + MMSGHDR.nameLength);
+        this.next = 0;
+        this.taken = call.recvmmsg(this.fd, headers, most, flags | MSG_TRUNC | MSG_WAITFORONE, null);
+        if (this.taken < 0 && errno() === EINTR) continue;
+        if (this.taken < 0) return -errno();
+      }
+      const i = this.next++;
+      if (headers.readUInt32LE(NAMES + i * SOCKADDR_NL.bytes + SOCKADDR_NL.pid) !== 0) continue;
+      this.buffer = this.buffers[i] ?? this.buffer;
+      return headers.readUInt32LE(i * MMSGHDR.bytes + MMSGHDR.length);
     }
   }
 
@@ -373,17 +412,18 @@ class Requester {
 
   /** Passes on each message of our own sequence numbers until `take` returns true. */
   private answers(operation: string, first: number, last: number, take: (message: Message) => boolean): void {
-    while (!this.answer(operation, first, last, take));
+    while (!this.answer(operation, first, last, take, DATAGRAMS_PER_CALL));
   }
 
-  /** The same of the next datagram alone. Returns whether `take` returned true. */
+  /** The same of the next datagram alone, with which so many may be taken. Returns whether `take` returned true. */
   private answer(
     operation: string,
     first: number,
     last: number,
     take: (message: Message) => boolean,
+    most = 1,
   ): boolean {
-    const length = this.socket.receive(0);
+    const length = this.socket.receive(0, most);
     if (length < 0) throw new NetlinkError(operation, -length, -length === EAGAIN ? "no answer came" : "");
     try {
       for (const message of messages(this.socket.buffer, length)) {
@@ -548,7 +588,7 @@ function listen(listener: Listener): { close(): void } {
   /** Throws away what is queued, so that nothing older than the coming dump is delivered after it. */
   const overrun = (): void => {
     while (open) {
-      const length = socket.receive(MSG_DONTWAIT);
+      const length = socket.receive(MSG_DONTWAIT, DATAGRAMS_PER_CALL);
       if (length === -EAGAIN) break;
       if (length < 0 && length !== -ENOBUFS) throw new NetlinkError("receive changes", -length);
     }
@@ -559,8 +599,9 @@ function listen(listener: Listener): { close(): void } {
   };
 
   const read = (): void => {
-    for (let turn = 0; open && turn < EVENTS_PER_TURN; turn++) {
-      const length = socket.receive(MSG_DONTWAIT);
+    // Nobody would tell of what was taken from the socket and left.
+    for (let turn = 0; open && (turn < EVENTS_PER_TURN || socket.hasNext); turn++) {
+      const length = socket.receive(MSG_DONTWAIT, DATAGRAMS_PER_CALL);
       if (length === -EAGAIN) return;
       if (length === -ENOBUFS) {
         overrun();
