@@ -132,7 +132,14 @@ class FleetNode {
       prefix: PREFIX,
       log: quiet,
       onState: ({ connected }) => {
-        if (!connected) interruptions += 1;
+        if (connected) return;
+        interruptions += 1;
+        // They would read everything again at once, over and over.
+        if (interruptions <= nodes.length / 100) return;
+        process.stderr.write(
+          "fleet: the nodes lose their connections, as their process is too slow: --at-once is too many\n",
+        );
+        process.exit(1);
       },
     });
     this.#store = store;

@@ -5,11 +5,12 @@
  *
  *   boot      all nodes start, so many at a time; each reads a snapshot, takes a subnet, and hears of those after it
  *   idle      nothing happens
- *   renewals  some nodes renew their leases, as each does once in 23 hours: all nodes are told, and nothing changes
+ *   renewals  a tenth of the nodes, 100 at most, renew their leases, as each does once in 23 hours: all nodes are told, and
+ *             nothing changes
  *   changes   1 % of the nodes in a minute get another MAC
- *   burst     a tenth of the nodes do so in some seconds
- *   rereads   some nodes lose the connection, and read everything again
- *   restarts  some nodes end and start again, with their subnet
+ *   burst     a tenth of the nodes, 100 at most, do so in some seconds
+ *   rereads   a fifth of the nodes, 200 at most, lose the connection, and read everything again
+ *   restarts  a tenth of the nodes, 100 at most, end and start again, with their subnet
  *
  * etcd's processor time and memory are from /proc, its requests and bytes from its own /metrics. Nodes have connections of
  * their own, up to `--connections`; more nodes share these. bench/fleet runs it, in namespaces of its own:
@@ -50,6 +51,8 @@ const quick = process.env.QUICK === "1";
 const CHANGES_SECONDS = quick ? 3 : 60;
 const IDLE_SECONDS = quick ? 1 : 15;
 const BURST_SECONDS = quick ? 2 : 10;
+/** Nodes of 1,000 that start, or read again, at a time; of more nodes, in proportion fewer. */
+const AT_ONCE_MAX = 25;
 /** Clusters that the page reckons for. */
 const SIZES = [1000, 5000, 10_000, 50_000, 100_000];
 
@@ -164,19 +167,23 @@ async function main(): Promise<void> {
     options: {
       nodes: { type: "string", default: "1000" },
       connections: { type: "string", default: "5000" },
-      "at-once": { type: "string", default: "25" },
+      "at-once": { type: "string" },
       directory: { type: "string" },
       page: { type: "boolean", default: false },
       out: { type: "string", default: join(repository, "dist/bench/fleet") },
     },
   });
-  const [count, atOnce] = [Number(options.nodes), Number(options["at-once"])];
+  const count = Number(options.nodes);
+  // Each tells all of them something. The process of all nodes must keep up, or it does not answer etcd's pings in time.
+  const atOnce = Number(
+    options["at-once"] ?? Math.max(1, Math.round(AT_ONCE_MAX / Math.max(1, count / 1000))),
+  );
   const connections = Math.min(count, Number(options.connections));
   const { directory } = options;
   if (directory === undefined) throw new Error("no --directory for etcd's data: run it by bench/fleet");
   if (!(count >= 100 && atOnce >= 1 && connections >= 1))
     throw new Error(
-      `nothing to measure: ${options.nodes} nodes (at least 100), ${options["at-once"]} at once`,
+      `nothing to measure: ${options.nodes} nodes (at least 100), ${options["at-once"] ?? atOnce} at once`,
     );
 
   const etcd = await startEtcd(directory);
@@ -250,7 +257,8 @@ async function main(): Promise<void> {
     process.stdout.write(`${phase}: ${seconds.toFixed(1)} s\n`);
   };
 
-  const [tenth, fifth] = [Math.round(count / 10), Math.round(count / 5)];
+  const tenth = Math.min(100, Math.round(count / 10));
+  const fifth = Math.min(200, Math.round(count / 5));
   const changing = Math.max(1, Math.round(count / 100));
   await run("boot", count, () => nodes.tell({ do: "boot", count, connections, atOnce }));
   if (before.agent.peers !== count) throw new Error(`the agent has ${before.agent.peers} peers of ${count}`);
