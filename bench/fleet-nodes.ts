@@ -1,12 +1,11 @@
 /**
- * The nodes of a fleet, all in one process: `bench/fleet.ts` starts it and tells it what to do.
+ * The nodes of a fleet, many to a process: `bench/fleet.ts` starts it and tells it what to do.
  *
  * Each has what a node has towards etcd, and it is the real thing: `src/edge/etcd.ts` with a watch of its own, the lease
  * kept by `src/agent/lease.ts`, and what the store tells folded into a `Desired` of its own. There is no kernel. Where
  * that would be too many leases for one memory (nodes times leases), only some nodes fold; the others take from the watch
  * what their own lease needs.
  */
-import { createHistogram } from "node:perf_hooks";
 import { setTimeout as sleep } from "node:timers/promises";
 import { LeaseKeeper } from "../src/agent/lease.ts";
 import { kindOf } from "../src/core/backends.ts";
@@ -43,8 +42,8 @@ const now = (): number => Number(process.hrtime.bigint()) / 1e6;
 
 /** When the write of each key was asked for last. */
 const asked = new Map<string, number>();
-/** Microseconds from asking for a write until it was in the desired state of another node. */
-const delays = createHistogram();
+/** How often it took so long from asking for a write until it was in the desired state of another node, by `stepOf`. */
+const delays = new Map<number, number>();
 let events = 0;
 let failures = 0;
 let interruptions = 0;
@@ -85,6 +84,10 @@ class NodeClock {
     }
   }
 }
+
+/** Delays that differ by less than 2 % are alike. */
+const stepOf = (ms: number): number => Math.round(50 * Math.log(Math.max(0.001, ms)));
+const delayOf = (step: number): number => Math.exp(step / 50);
 
 class FleetNode {
   readonly #number: number;
@@ -203,7 +206,10 @@ class FleetNode {
     if (this.#synced && event.kind === "put") {
       events += 1;
       const at = this.#folds ? asked.get(event.key) : undefined;
-      if (at !== undefined) delays.record(Math.max(1, Math.round((now() - at) * 1000)));
+      if (at !== undefined) {
+        const step = stepOf(now() - at);
+        delays.set(step, (delays.get(step) ?? 0) + 1);
+      }
     }
     this.#keeper?.onStore(event);
     if (event.kind === "reset") this.#synced = false;
@@ -278,16 +284,16 @@ async function each(
   await Promise.all(Array.from({ length: atOnce }, worker));
 }
 
-/** Does it to these nodes, spread evenly over so many seconds. */
+/** Does it to these nodes, spread evenly over so many seconds; other processes do it in between. */
 async function spread(
   some: readonly FleetNode[],
-  seconds: number,
+  { seconds, offset }: { readonly seconds: number; readonly offset: number },
   what: (node: FleetNode) => Promise<void>,
 ): Promise<void> {
   const began = now();
   const done: Promise<void>[] = [];
   for (const [index, node] of some.entries()) {
-    await sleep(Math.max(0, began + (index * seconds * 1000) / some.length - now()));
+    await sleep(Math.max(0, began + ((index + offset) * seconds * 1000) / some.length - now()));
     done.push(what(node));
   }
   await sleep(Math.max(0, began + seconds * 1000 - now()));
@@ -306,10 +312,11 @@ async function obey(order: NodesOrder): Promise<NodesReading | undefined> {
   };
   switch (order.do) {
     case "boot": {
-      const { count, connections, atOnce } = order;
-      folding = Math.min(count, Math.floor(FOLDED_MAX / count));
-      for (let n = 0; n < count; n++) {
-        const folds = Math.floor((n * folding) / count) !== Math.floor(((n + 1) * folding) / count);
+      const { first, count, ofAll, connections, atOnce } = order;
+      const most = Math.min(ofAll, Math.floor(FOLDED_MAX / ofAll));
+      for (let n = first; n < first + count; n++) {
+        const folds = Math.floor((n * most) / ofAll) !== Math.floor(((n + 1) * most) / ofAll);
+        if (folds) folding += 1;
         const endpoint = `http://${formatIpv4(FIRST_ENDPOINT + (n % connections))}:2379`;
         nodes.push(new FleetNode(n, folds, endpoint));
       }
@@ -323,10 +330,10 @@ async function obey(order: NodesOrder): Promise<NodesReading | undefined> {
       await each(some(order.count), order.atOnce, (node) => node.reread());
       return undefined;
     case "change":
-      await spread(some(order.count), order.seconds, (node) => node.change());
+      await spread(some(order.count), order, (node) => node.change());
       return undefined;
     case "renew":
-      await spread(some(order.count), order.seconds, (node) => node.renew());
+      await spread(some(order.count), order, (node) => node.renew());
       return undefined;
     case "catch up":
       await caughtUp(BigInt(order.revision));
@@ -339,14 +346,10 @@ async function obey(order: NodesOrder): Promise<NodesReading | undefined> {
         failures,
         interruptions,
         folding,
-        delayMs: {
-          p50: delays.percentile(50) / 1000,
-          p99: delays.percentile(99) / 1000,
-          count: delays.count,
-        },
+        delays: [...delays].map(([step, times]) => [delayOf(step), times]),
         asked: [...asked],
       };
-      delays.reset();
+      delays.clear();
       asked.clear();
       return reading;
     }

@@ -51,15 +51,21 @@ const quick = process.env.QUICK === "1";
 const CHANGES_SECONDS = quick ? 3 : 60;
 const IDLE_SECONDS = quick ? 1 : 15;
 const BURST_SECONDS = quick ? 2 : 10;
+/**
+ * Nodes that share a process. With thousands of them, V8 would stop for so long to collect their garbage that etcd's pings are
+ * not answered in time.
+ */
+const NODES_PER_PROCESS = 1250;
 /** Nodes of 1,000 that start, or read again, at a time; of more nodes, in proportion fewer. */
 const AT_ONCE_MAX = 25;
 /** Clusters that the page reckons for. */
 const SIZES = [1000, 5000, 10_000, 50_000, 100_000];
 
 export type NodesOrder =
-  | { do: "boot"; count: number; connections: number; atOnce: number }
+  | { do: "boot"; first: number; count: number; ofAll: number; connections: number; atOnce: number }
   | { do: "restart" | "reread"; count: number; atOnce: number }
-  | { do: "change" | "renew"; count: number; seconds: number }
+  /** Spread over so many seconds; the first one so much of the pause between two later. */
+  | { do: "change" | "renew"; count: number; seconds: number; offset: number }
   | { do: "catch up"; revision: string }
   | { do: "read" };
 
@@ -72,7 +78,8 @@ export interface NodesReading {
   /** Connections that were lost. */
   readonly interruptions: number;
   readonly folding: number;
-  readonly delayMs: Delay;
+  /** How many milliseconds it took from asking for a write until another node of the process had it, and how often. */
+  readonly delays: readonly (readonly [ms: number, times: number])[];
   /** When the write of each key was asked for. */
   readonly asked: readonly (readonly [key: string, at: number])[];
 }
@@ -162,6 +169,98 @@ function delayOf(
   return { p50: percentile(delays, 0.5), p99: percentile(delays, 0.99), count: delays.length };
 }
 
+/** Of delays that were counted. */
+function summaryOf(delays: readonly (readonly [ms: number, times: number])[]): Delay {
+  const sorted = [...delays].sort(([a], [b]) => a - b);
+  const count = sorted.reduce((sum, [, times]) => sum + times, 0);
+  const at = (part: number): number => {
+    let before = 0;
+    for (const [ms, times] of sorted) {
+      before += times;
+      if (before >= part * count) return ms;
+    }
+    return Number.NaN;
+  };
+  return { p50: at(0.5), p99: at(0.99), count };
+}
+
+/** All nodes, whichever process they are in. */
+class Nodes {
+  readonly #count: number;
+  readonly #workers: readonly Worker<NodesOrder, NodesReading>[];
+
+  constructor(count: number) {
+    this.#count = count;
+    // Thousands of nodes hear of one write at once: what that makes must not outgrow the young generation.
+    const flags = ["--max-old-space-size=6000", "--max-semi-space-size=64"];
+    this.#workers = Array.from(
+      { length: Math.ceil(count / NODES_PER_PROCESS) },
+      () => new Worker<NodesOrder, NodesReading>("fleet-nodes.js", flags, fail),
+    );
+  }
+
+  get processes(): string {
+    return this.#workers.length === 1 ? "one process" : `${this.#workers.length} processes`;
+  }
+
+  boot(connections: number, atOnce: number): Promise<unknown> {
+    let first = 0;
+    return this.#tell((share) => {
+      const [own, ofAll] = [share(this.#count), this.#count];
+      first += own;
+      const some = Math.max(1, share(atOnce));
+      return { do: "boot", first: first - own, count: own, ofAll, connections, atOnce: some };
+    });
+  }
+
+  /** So many of them, some at a time. */
+  each(what: "restart" | "reread", count: number, atOnce: number): Promise<unknown> {
+    return this.#tell((share) => ({ do: what, count: share(count), atOnce: Math.max(1, share(atOnce)) }));
+  }
+
+  /** So many of them, one after the other. */
+  spread(what: "change" | "renew", count: number, seconds: number): Promise<unknown> {
+    return this.#tell((share, offset) => ({ do: what, count: share(count), seconds, offset }));
+  }
+
+  catchUp(revision: string): Promise<unknown> {
+    return this.#tell(() => ({ do: "catch up", revision }));
+  }
+
+  async read(): Promise<NodesReading & { residentMb: number }> {
+    const readings = await this.#tell(() => ({ do: "read" }));
+    const sum = (of: (reading: NodesReading) => number): number =>
+      readings.reduce((total, reading) => total + of(reading), 0);
+    return {
+      processorSeconds: sum(({ processorSeconds }) => processorSeconds),
+      events: sum(({ events }) => events),
+      failures: sum(({ failures }) => failures),
+      interruptions: sum(({ interruptions }) => interruptions),
+      folding: sum(({ folding }) => folding),
+      delays: readings.flatMap(({ delays }) => delays),
+      asked: readings.flatMap(({ asked }) => asked),
+      residentMb: this.#workers.reduce((total, { pid }) => total + processOf(pid).residentMb, 0),
+    };
+  }
+
+  end(): void {
+    for (const worker of this.#workers) worker.end();
+  }
+
+  /** `orderOf` is given what tells a process its share of a number, and which part of all processes come before it. */
+  #tell(
+    orderOf: (share: (total: number) => number, offset: number) => NodesOrder,
+  ): Promise<readonly NodesReading[]> {
+    const { length } = this.#workers;
+    return Promise.all(
+      this.#workers.map((worker, i) => {
+        const upTo = (total: number, end: number): number => Math.floor((total * end) / length);
+        return worker.tell(orderOf((total) => upTo(total, i + 1) - upTo(total, i), i / length));
+      }),
+    );
+  }
+}
+
 async function main(): Promise<void> {
   const { values: options } = parseArgs({
     options: {
@@ -174,7 +273,7 @@ async function main(): Promise<void> {
     },
   });
   const count = Number(options.nodes);
-  // Each tells all of them something. The process of all nodes must keep up, or it does not answer etcd's pings in time.
+  // Each tells all of them something, and their processes must keep up.
   const atOnce = Number(
     options["at-once"] ?? Math.max(1, Math.round(AT_ONCE_MAX / Math.max(1, count / 1000))),
   );
@@ -195,12 +294,7 @@ async function main(): Promise<void> {
   });
   await store.create("config", JSON.stringify(CONFIG), 86_400);
   const empty = await readEtcd(etcdPid);
-  // Thousands of nodes hear of one write at once: what that makes must not outgrow the young generation.
-  const nodes = new Worker<NodesOrder, NodesReading>(
-    "fleet-nodes.js",
-    ["--max-old-space-size=12000", "--max-semi-space-size=256"],
-    fail,
-  );
+  const nodes = new Nodes(count);
   // As twilld has V8 once its start is over.
   const agent = new Worker<AgentOrder, AgentReading>(
     "fleet-agent.js",
@@ -213,7 +307,7 @@ async function main(): Promise<void> {
   const memoryOf = (pid: number) => ({ residentMb: processOf(pid).residentMb });
   const read = async () => ({
     etcd: await readEtcd(etcdPid),
-    nodes: { ...(await nodes.tell({ do: "read" })), ...memoryOf(nodes.pid) },
+    nodes: await nodes.read(),
     agent: { ...(await agent.tell({ do: "read" })), ...memoryOf(agent.pid) },
   });
   const phases: Phase[] = [];
@@ -222,7 +316,7 @@ async function main(): Promise<void> {
     const began = performance.now();
     await act();
     const revision = String((await lastRevision(store)) ?? 0n);
-    await Promise.all([nodes.tell({ do: "catch up", revision }), agent.tell({ do: "catch up", revision })]);
+    await Promise.all([nodes.catchUp(revision), agent.tell({ do: "catch up", revision })]);
     const seconds = (performance.now() - began) / 1000;
     const after = await read();
     const asked = new Map(after.nodes.asked);
@@ -244,7 +338,7 @@ async function main(): Promise<void> {
         processorSeconds: since("processorSeconds", after.nodes, before.nodes),
         residentMb: after.nodes.residentMb,
         events: since("events", after.nodes, before.nodes),
-        desired: after.nodes.delayMs,
+        desired: summaryOf(after.nodes.delays),
       },
       agent: {
         processorSeconds: since("processorSeconds", after.agent, before.agent),
@@ -260,16 +354,14 @@ async function main(): Promise<void> {
   const tenth = Math.min(100, Math.round(count / 10));
   const fifth = Math.min(200, Math.round(count / 5));
   const changing = Math.max(1, Math.round(count / 100));
-  await run("boot", count, () => nodes.tell({ do: "boot", count, connections, atOnce }));
+  await run("boot", count, () => nodes.boot(connections, atOnce));
   if (before.agent.peers !== count) throw new Error(`the agent has ${before.agent.peers} peers of ${count}`);
   await run("idle", 0, () => sleep(IDLE_SECONDS * 1000));
-  await run("renewals", tenth, () => nodes.tell({ do: "renew", count: tenth, seconds: BURST_SECONDS }));
-  await run("changes", changing, () =>
-    nodes.tell({ do: "change", count: changing, seconds: CHANGES_SECONDS }),
-  );
-  await run("burst", tenth, () => nodes.tell({ do: "change", count: tenth, seconds: BURST_SECONDS }));
-  await run("rereads", fifth, () => nodes.tell({ do: "reread", count: fifth, atOnce }));
-  await run("restarts", tenth, () => nodes.tell({ do: "restart", count: tenth, atOnce }));
+  await run("renewals", tenth, () => nodes.spread("renew", tenth, BURST_SECONDS));
+  await run("changes", changing, () => nodes.spread("change", changing, CHANGES_SECONDS));
+  await run("burst", tenth, () => nodes.spread("change", tenth, BURST_SECONDS));
+  await run("rereads", fifth, () => nodes.each("reread", fifth, atOnce));
+  await run("restarts", tenth, () => nodes.each("restart", tenth, atOnce));
 
   const { failures, interruptions, folding } = before.nodes;
   const version = await versionOfEtcd();
@@ -281,7 +373,7 @@ async function main(): Promise<void> {
     environment: {
       ...(await describeMachine()),
       etcd: `${version}, one member, without waiting for its disk; it shares the processors with all nodes`,
-      nodes: `${count} in one process over ${connections} connections, ${atOnce} start at a time; ${folding} of them keep all leases; ${failures} leases went wrong, ${interruptions} connections were lost`,
+      nodes: `${count} in ${nodes.processes} over ${connections} connections, ${atOnce} start at a time; ${folding} of them keep all leases; ${failures} leases went wrong, ${interruptions} connections were lost`,
       processors: "a second of processor is of one processor, of etcd in steps of 10 ms",
     },
     emptyResidentMb: empty.residentMb,
