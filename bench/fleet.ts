@@ -5,12 +5,11 @@
  *
  *   boot      all nodes start, so many at a time; each reads a snapshot, takes a subnet, and hears of those after it
  *   idle      nothing happens
- *   renewals  a tenth of the nodes, 100 at most, renew their leases, as each does once in 23 hours: all nodes are told, and
- *             nothing changes
+ *   renewals  some nodes renew their leases, as each does once in 23 hours: all nodes are told, and nothing changes
  *   changes   1 % of the nodes in a minute get another MAC
- *   burst     a tenth of the nodes, 100 at most, do so in some seconds
- *   rereads   a fifth of the nodes, 200 at most, lose the connection, and read everything again
- *   restarts  a tenth of the nodes, 100 at most, end and start again, with their subnet
+ *   burst     some nodes do so within some seconds
+ *   rereads   some nodes lose the connection, and read everything again
+ *   restarts  some nodes end and start again, with their subnet
  *
  * etcd's processor time and memory are from /proc, its requests and bytes from its own /metrics. Nodes have connections of
  * their own, up to `--connections`; more nodes share these. bench/fleet runs it, in namespaces of its own:
@@ -51,6 +50,8 @@ const quick = process.env.QUICK === "1";
 const CHANGES_SECONDS = quick ? 3 : 60;
 const IDLE_SECONDS = quick ? 1 : 15;
 const BURST_SECONDS = quick ? 2 : 10;
+/** How often nodes are told of something in a phase that lasts some seconds: their processes must keep up. */
+const TOLD_MAX = 100_000;
 /**
  * Nodes that share a process. With thousands of them, V8 would stop for so long to collect their garbage that etcd's pings are
  * not answered in time.
@@ -351,8 +352,8 @@ async function main(): Promise<void> {
     process.stdout.write(`${phase}: ${seconds.toFixed(1)} s\n`);
   };
 
-  const tenth = Math.min(100, Math.round(count / 10));
-  const fifth = Math.min(200, Math.round(count / 5));
+  const tenth = Math.min(Math.round(count / 10), Math.round(TOLD_MAX / count));
+  const fifth = 2 * tenth;
   const changing = Math.max(1, Math.round(count / 100));
   await run("boot", count, () => nodes.boot(connections, atOnce));
   if (before.agent.peers !== count) throw new Error(`the agent has ${before.agent.peers} peers of ${count}`);
