@@ -140,7 +140,7 @@ class FleetNode {
         // They would read everything again at once, over and over.
         if (interruptions <= nodes.length / 100) return;
         process.stderr.write(
-          "fleet: the nodes lose their connections, as their process is too slow: --at-once is too many\n",
+          "fleet: the nodes lose their connections, as their process is too slow; give a smaller --at-once\n",
         );
         process.exit(1);
       },

@@ -185,6 +185,16 @@ function summaryOf(delays: readonly (readonly [ms: number, times: number])[]): D
   return { p50: at(0.5), p99: at(0.99), count };
 }
 
+/** Which part of all nodes a process has. */
+interface Part {
+  /** Its share of a number. */
+  share(total: number): number;
+  /** What those before it have of a number. */
+  before(total: number): number;
+  /** How much of the whole those before it are. */
+  readonly offset: number;
+}
+
 /** All nodes, whichever process they are in. */
 class Nodes {
   readonly #count: number;
@@ -205,23 +215,21 @@ class Nodes {
   }
 
   boot(connections: number, atOnce: number): Promise<unknown> {
-    let first = 0;
-    return this.#tell((share) => {
-      const [own, ofAll] = [share(this.#count), this.#count];
-      first += own;
+    const ofAll = this.#count;
+    return this.#tell(({ share, before }) => {
       const some = Math.max(1, share(atOnce));
-      return { do: "boot", first: first - own, count: own, ofAll, connections, atOnce: some };
+      return { do: "boot", first: before(ofAll), count: share(ofAll), ofAll, connections, atOnce: some };
     });
   }
 
   /** So many of them, some at a time. */
   each(what: "restart" | "reread", count: number, atOnce: number): Promise<unknown> {
-    return this.#tell((share) => ({ do: what, count: share(count), atOnce: Math.max(1, share(atOnce)) }));
+    return this.#tell(({ share }) => ({ do: what, count: share(count), atOnce: Math.max(1, share(atOnce)) }));
   }
 
   /** So many of them, one after the other. */
   spread(what: "change" | "renew", count: number, seconds: number): Promise<unknown> {
-    return this.#tell((share, offset) => ({ do: what, count: share(count), seconds, offset }));
+    return this.#tell(({ share, offset }) => ({ do: what, count: share(count), seconds, offset }));
   }
 
   catchUp(revision: string): Promise<unknown> {
@@ -248,15 +256,19 @@ class Nodes {
     for (const worker of this.#workers) worker.end();
   }
 
-  /** `orderOf` is given what tells a process its share of a number, and which part of all processes come before it. */
-  #tell(
-    orderOf: (share: (total: number) => number, offset: number) => NodesOrder,
-  ): Promise<readonly NodesReading[]> {
+  /** Each process has an order of its own, by its part of the whole. */
+  #tell(orderOf: (part: Part) => NodesOrder): Promise<readonly NodesReading[]> {
     const { length } = this.#workers;
     return Promise.all(
       this.#workers.map((worker, i) => {
         const upTo = (total: number, end: number): number => Math.floor((total * end) / length);
-        return worker.tell(orderOf((total) => upTo(total, i + 1) - upTo(total, i), i / length));
+        return worker.tell(
+          orderOf({
+            share: (total) => upTo(total, i + 1) - upTo(total, i),
+            before: (total) => upTo(total, i),
+            offset: i / length,
+          }),
+        );
       }),
     );
   }
@@ -352,17 +364,16 @@ async function main(): Promise<void> {
     process.stdout.write(`${phase}: ${seconds.toFixed(1)} s\n`);
   };
 
-  const tenth = Math.min(Math.round(count / 10), Math.round(TOLD_MAX / count));
-  const fifth = 2 * tenth;
+  const some = Math.min(Math.round(count / 10), Math.round(TOLD_MAX / count));
   const changing = Math.max(1, Math.round(count / 100));
   await run("boot", count, () => nodes.boot(connections, atOnce));
   if (before.agent.peers !== count) throw new Error(`the agent has ${before.agent.peers} peers of ${count}`);
   await run("idle", 0, () => sleep(IDLE_SECONDS * 1000));
-  await run("renewals", tenth, () => nodes.spread("renew", tenth, BURST_SECONDS));
+  await run("renewals", some, () => nodes.spread("renew", some, BURST_SECONDS));
   await run("changes", changing, () => nodes.spread("change", changing, CHANGES_SECONDS));
-  await run("burst", tenth, () => nodes.spread("change", tenth, BURST_SECONDS));
-  await run("rereads", fifth, () => nodes.each("reread", fifth, atOnce));
-  await run("restarts", tenth, () => nodes.each("restart", tenth, atOnce));
+  await run("burst", some, () => nodes.spread("change", some, BURST_SECONDS));
+  await run("rereads", 2 * some, () => nodes.each("reread", 2 * some, atOnce));
+  await run("restarts", some, () => nodes.each("restart", some, atOnce));
 
   const { failures, interruptions, folding } = before.nodes;
   const version = await versionOfEtcd();

@@ -226,7 +226,7 @@ const SOCKADDR_NL = { bytes: 12, pid: 4 };
 const IOVEC = { bytes: 16, base: 0, length: 8 };
 /** Where those of all datagrams are in their memory. */
 const NAMES = DATAGRAMS_PER_CALL * MMSGHDR.bytes;
-const VECTORS = NAMES + DATAGRAMS_PER_CALL * 16;
+const VECTORS = NAMES + DATAGRAMS_PER_CALL * SOCKADDR_NL.bytes;
 const HEADERS_BYTES = VECTORS + DATAGRAMS_PER_CALL * IOVEC.bytes;
 const SEND_BYTES = 64 * 1024;
 /** Longest request; see `Writer.room`. */
