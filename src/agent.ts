@@ -22,7 +22,7 @@ import { survey, type View, viewOf } from "./agent/survey.ts";
 import { FDB, NEIGHBOURS, type RowWrites, routeWrites, Writer } from "./agent/writer.ts";
 import { directRows, NO_ROWS } from "./core/backend.ts";
 import { kindOf } from "./core/backends.ts";
-import { claim, type Desired, emptyDesired, fold, forget, takeTouched } from "./core/desired.ts";
+import { claim, type Desired, emptyDesired, foldInSteps, forget, takeTouched } from "./core/desired.ts";
 import type { Firewall } from "./core/firewall.ts";
 import {
   type FdbEntry,
@@ -169,13 +169,15 @@ const MAPS_SHARE = 1 / 1000;
 const BASE_TABLES: readonly HostTable[] = ["link", "address", "route"];
 const ALL_TABLES: readonly HostTable[] = [...BASE_TABLES, "neighbour", "fdb"];
 /**
- * Leases that one round turns into rows, and for how long it goes on to the next few; to write them takes as long again.
- * Then others have their turn: probes, the watchdog, an answer of etcd. Code that has just begun to run takes many times
- * as long for each.
+ * Leases that one round turns into rows, and for how long it goes on to the next few; if that took as long, they are
+ * written by another. Then others have their turn: probes, the watchdog, an answer of etcd. Code that has just begun to
+ * run takes many times as long for each.
  */
 const LEASES_PER_ROUND = 200;
 const LEASES_AT_A_TIME = 40;
 const LEASES_MS = 5;
+/** For how long a round goes on to write the rows of the next table. */
+const PUT_MS = 5;
 const TABLE_MAIN = 254;
 const UNICAST = 1;
 const BLACKHOLE = 6;
@@ -253,6 +255,8 @@ export class Agent {
   #uplinksStale = true;
   #addressStale = true;
   #activateStale = false;
+  /** Leases were read for as long as a round may take; what they gave is to be written before more are. */
+  #putsDue = false;
 
   readonly #rows = new Map<string, LeaseRows>();
   /** Keys of leases whose rows are to be made anew, see `LEASES_PER_ROUND`. */
@@ -391,11 +395,21 @@ export class Agent {
   }
 
   onStore(event: StoreEvent): void {
-    const before = this.#desired;
-    this.#desired = fold(before, event);
+    for (const _ of this.takeStore(event));
+  }
+
+  /** As `onStore`, some of a large snapshot at a time. Until the last step, no other event may be told of. */
+  *takeStore(event: StoreEvent): Generator<void, void> {
+    const steps = foldInSteps(this.#desired, event);
+    for (let isLast = false; !isLast; ) {
+      const { value, done } = steps.next();
+      isLast = done === true;
+      if (value !== this.#desired) this.#wake();
+      this.#desired = value;
+      if (!isLast) yield;
+    }
     if (event.kind === "synced") this.#awaitMissing();
     this.#lease.onStore(event);
-    if (this.#desired !== before) this.#wake();
   }
 
   /** Gives the nodes whose leases a snapshot lacks the time to put them back. */
@@ -688,11 +702,18 @@ export class Agent {
     this.#addressStale = false;
     this.#loadAhead(facts);
     const isSettled = this.#commands.settle({ network: network.network, subnet, publicIp });
-    const isCompiled = this.#compile(facts);
+    // Each has its turn: leases that are read, and what they gave.
+    if (!this.#putsDue && this.#compile(facts)) {
+      this.#putsDue = true;
+      this.#wake();
+      return;
+    }
+    const isCompiled = this.#isCompiled;
     if (isCompiled) this.#commands.wantNoOthers();
     this.#probing?.aim(probeSourceOf(facts));
     // Loading programs takes the verifier a while. The stack, which forwards meanwhile, need not wait for it.
     const isPut = this.#putPeers();
+    this.#putsDue = !isPut;
     if (!isPut || !(isCompiled || this.#pathsMoved)) this.#wake();
     // Nothing is removed before all is known that is wanted.
     if (!isPut || !isCompiled) return;
@@ -712,9 +733,14 @@ export class Agent {
     this.#writer.putMap("endpoints4", this.#endpoints);
     this.#writer.putMap("interfaces", this.#interfaces);
     this.#putUplinks();
-    if (this.#activateStale) this.#attempts.attempt("programs", () => this.#activate());
-    this.#writer.attach(this.#attachments, nameOf);
-    this.#writer.detach(this.#attachments, nameOf);
+    if (this.#activateStale && this.#attempts.attempt("programs", () => this.#activate())) {
+      this.#wake();
+      return;
+    }
+    if (!this.#writer.attach(this.#attachments, nameOf) || !this.#writer.detach(this.#attachments, nameOf)) {
+      this.#wake();
+      return;
+    }
     this.#writer.removeFromMap("uplinks4", this.#uplinks);
     this.#writer.removeFromMap("excluded4", this.#excluded);
     this.#writer.removeFromMap("interfaces", this.#interfaces);
@@ -741,17 +767,23 @@ export class Agent {
 
   /**
    * Routes to peers, what they lead on to, and what the programs know of them; the programs may be older than that. Returns
-   * false if there were too many to be written in one go.
+   * false if there may be more than go at once.
    */
   #putPeers(): boolean {
     const hasMaps =
       this.#configText !== "" && (!this.#mapsUnknown || this.#readingBack.problem !== undefined);
+    const { clock } = this.#world;
+    const began = clock.now();
+    // Where there is nothing to be put, it takes no time, so that each round gets further than the last.
+    const isInTime = (): boolean => clock.now() - began < PUT_MS;
     return (
-      (!hasMaps || this.#writer.putMap("peers4", this.#peers)) &&
+      (!hasMaps || (this.#writer.putMap("peers4", this.#peers) && isInTime())) &&
       this.#writer.put(this.#neighbours, NEIGHBOURS) &&
+      isInTime() &&
       this.#writer.put(this.#fdb, FDB) &&
+      isInTime() &&
       this.#writer.put(this.#routes, this.#routeWrites, (row) => this.#isRoutable(row)) &&
-      (!hasMaps || this.#writer.putMap("subnets4", this.#subnets))
+      (!hasMaps || (isInTime() && this.#writer.putMap("subnets4", this.#subnets)))
     );
   }
 
@@ -927,6 +959,7 @@ export class Agent {
     if (this.#facts !== undefined) this.#leave(this.#facts.network, network);
     this.#factsText = text;
     this.#facts = facts;
+    this.#putsDue = false;
     this.#desired = claim(this.#desired, { subnet, publicIp: uplink.publicIp });
     this.#rowsStale = this.#podsStale = this.#waysStale = this.#tidyStale = true;
     // Other rows are ours now, and the mirror may not have heard yet of what we wrote ourselves.
@@ -946,9 +979,14 @@ export class Agent {
       this.#formerBlocks.push(former.network);
   }
 
+  /** All leases have been turned into wanted rows. */
+  get #isCompiled(): boolean {
+    return !this.#pathsMoved && this.#unread.size === 0;
+  }
+
   /**
    * Turns leases into wanted rows: all leases if the facts or paths changed, else those that changed; some of them at a
-   * time. Returns whether there are no more.
+   * time. Returns whether that took so long that others should have their turn.
    */
   #compile(facts: Facts): boolean {
     // The chore wakes us when they are known.
@@ -980,7 +1018,7 @@ export class Agent {
       }
     }
     this.#awaitHeld();
-    return this.#unread.size === 0;
+    return clock.now() - began > LEASES_MS;
   }
 
   #learnPaths(keys: readonly string[]): void {

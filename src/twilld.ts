@@ -8,6 +8,7 @@ import { createHash, randomInt } from "node:crypto";
 import { existsSync, readFileSync } from "node:fs";
 import { uptime } from "node:os";
 import { dirname, join, resolve } from "node:path";
+import { setImmediate as nextTurn } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { CompileError, compile } from "../loader/index.ts";
 import { ABI_DIGEST, type HookCounts, type VerdictCounts } from "./abi/twill.gen.ts";
@@ -460,7 +461,7 @@ async function serve(
     // With this one, the agent begins to make what it needs.
     if (event.kind === "synced") await isPrepared;
     if (stopping.signal.aborted) break;
-    agent.onStore(event);
+    for (const _ of agent.takeStore(event)) await nextTurn();
   }
 
   unwatch();

@@ -17,6 +17,8 @@ import type { Steps } from "./chore.ts";
 
 /** Rows that are written in one go, which takes some milliseconds; what is removed is not so many as a rule. */
 const ROWS_PER_GO = 800;
+/** For how long programs are attached or detached in one go: for each, the kernel waits until no processor runs what was there. */
+const HOOKS_MS = 5;
 
 /** How rows of a kernel table are written and removed, each by some writes in this order. */
 export interface RowWrites<Row> {
@@ -26,10 +28,10 @@ export interface RowWrites<Row> {
 }
 
 export class Writer {
-  readonly #world: Pick<World, "kernel" | "dataplane" | "log" | "observer">;
+  readonly #world: Pick<World, "kernel" | "dataplane" | "log" | "observer" | "clock">;
   readonly #attempts: Attempts;
 
-  constructor(world: Pick<World, "kernel" | "dataplane" | "log" | "observer">, attempts: Attempts) {
+  constructor(world: Pick<World, "kernel" | "dataplane" | "log" | "observer" | "clock">, attempts: Attempts) {
     this.#world = world;
     this.#attempts = attempts;
   }
@@ -165,34 +167,55 @@ export class Writer {
     return isAll;
   }
 
-  /** Attaches wanted programs; `nameOf` gives an interface its name, for people. */
-  attach(attachments: Table<AttachmentRow>, nameOf: (ifindex: number) => string): void {
-    const refused = new Map<string, string>();
-    for (const { key, want } of [...attachments.differences()]) {
-      if (want === undefined) continue;
-      try {
-        this.#world.dataplane.attach(want);
-        attachments.observe(key, want);
-      } catch (error) {
-        refused.set(key, `on ${nameOf(want.ifindex)}: ${reasonOf(error)}`);
-      }
-    }
-    this.#refused(attachments, refused);
+  /** Attaches wanted programs; `nameOf` gives an interface its name, for people. Returns false if there are more than go at once. */
+  attach(attachments: Table<AttachmentRow>, nameOf: (ifindex: number) => string): boolean {
+    return this.#hook(
+      attachments,
+      nameOf,
+      ({ want }) => want,
+      (row) => {
+        this.#world.dataplane.attach(row);
+        return row;
+      },
+    );
   }
 
-  /** Detaches programs that are not wanted. */
-  detach(attachments: Table<AttachmentRow>, nameOf: (ifindex: number) => string): void {
+  /** Detaches programs that are not wanted; returns as `attach` does. */
+  detach(attachments: Table<AttachmentRow>, nameOf: (ifindex: number) => string): boolean {
+    const rowOf = ({ want, have }: Difference<AttachmentRow>) => (want === undefined ? have : undefined);
+    return this.#hook(attachments, nameOf, rowOf, (row) => {
+      this.#world.dataplane.detach(row);
+      return undefined;
+    });
+  }
+
+  /** Does to some rows what `change` does, which returns what is there then. */
+  #hook(
+    attachments: Table<AttachmentRow>,
+    nameOf: (ifindex: number) => string,
+    rowOf: (difference: Difference<AttachmentRow>) => AttachmentRow | undefined,
+    change: (row: AttachmentRow) => AttachmentRow | undefined,
+  ): boolean {
+    const { clock } = this.#world;
+    const began = clock.now();
     const refused = new Map<string, string>();
-    for (const { key, want, have } of [...attachments.differences()]) {
-      if (want !== undefined || have === undefined) continue;
+    let isAll = true;
+    for (const difference of [...attachments.differences()]) {
+      const { key } = difference;
+      const row = rowOf(difference);
+      if (row === undefined) continue;
+      if (clock.now() - began > HOOKS_MS) {
+        isAll = false;
+        break;
+      }
       try {
-        this.#world.dataplane.detach(have);
-        attachments.observe(key, undefined);
+        attachments.observe(key, change(row));
       } catch (error) {
-        refused.set(key, `on ${nameOf(have.ifindex)}: ${reasonOf(error)}`);
+        refused.set(key, `on ${nameOf(row.ifindex)}: ${reasonOf(error)}`);
       }
     }
     this.#refused(attachments, refused);
+    return isAll;
   }
 
   /** Notes rows that could not be written, by key with the reason; the log tells of each once. */

@@ -23,6 +23,8 @@ import { type NetworkResult, parseNetwork } from "./network.ts";
 export const LEASES_MAX = 65536;
 
 const SUBNETS = "subnets/";
+/** Leases of a snapshot that one step puts in force, in a millisecond or a few. */
+const STEP = 1000;
 
 /** The subnet this node holds; no other lease may touch it, and it is not among `leases`. */
 export interface Own {
@@ -57,8 +59,26 @@ export function emptyDesired(follows = true): Desired {
 
 /** Folds one event in; see the head of this file for what is returned. */
 export function fold(desired: Desired, event: StoreEvent): Desired {
+  const steps = foldInSteps(desired, event);
+  for (;;) {
+    const { value, done } = steps.next();
+    if (done === true) return value;
+  }
+}
+
+/**
+ * As `fold`, but puts a large snapshot in force some leases at a time. What each step returns takes the place of the one
+ * before; the first snapshot of all counts as synced with the last. Until that, no other event may be folded in.
+ */
+export function* foldInSteps(desired: Desired, event: StoreEvent): Generator<Desired, Desired> {
   const state = stateOf(desired);
-  return state.apply(event) ? new View(state) : desired;
+  const steps = state.apply(event);
+  for (let folded = desired; ; ) {
+    const { value, done } = steps.next();
+    if (value) folded = new View(state);
+    if (done === true) return folded;
+    yield folded;
+  }
 }
 
 /** Says which subnet is ours, or that none is; returns as `fold` does. Costs a pass over all leases. */
@@ -144,15 +164,15 @@ class State {
   /** Keys whose present value is unusable, whatever was there before. */
   readonly #bad = new Map<string, Rejection>();
 
-  /** Whether anything changed that a reader of Desired can see, the revision aside. */
-  apply(event: StoreEvent): boolean {
+  /** Each step tells whether anything changed that a reader of Desired can see, the revision aside. */
+  *apply(event: StoreEvent): Generator<boolean, boolean> {
     switch (event.kind) {
       case "reset":
         this.#snapshot = { config: undefined, records: new Map() };
         return false;
       case "synced":
         this.revision = event.revision;
-        return this.#sync();
+        return yield* this.#sync();
       case "put":
         return this.#put(event.key, event.value, event.revision);
       case "delete":
@@ -207,20 +227,27 @@ class State {
     if (revision > this.revision) this.revision = revision;
   }
 
-  #sync(): boolean {
+  *#sync(): Generator<boolean, boolean> {
     const snapshot = this.#snapshot;
-    let changed = !this.synced;
-    this.synced = true;
-    if (snapshot === undefined) return changed;
     this.#snapshot = undefined;
-    changed = this.#setConfig(snapshot.config) || changed;
-    for (const key of [...this.#records.keys(), ...this.#bad.keys()]) {
-      if (!snapshot.records.has(key)) changed = this.#miss(key) || changed;
+    let changed = false;
+    if (snapshot !== undefined) {
+      changed = this.#setConfig(snapshot.config);
+      for (const key of [...this.#records.keys(), ...this.#bad.keys()]) {
+        if (!snapshot.records.has(key)) changed = this.#miss(key) || changed;
+      }
+      // In the order in which they were written, as events would have told of them.
+      const records = [...snapshot.records].sort(([, a], [, b]) => a.revision - b.revision);
+      for (const [index, [key, { record }]] of records.entries()) {
+        changed = this.#set(key, record) || changed;
+        if (index % STEP !== STEP - 1) continue;
+        yield changed;
+        changed = false;
+      }
     }
-    // In the order in which they were written, as events would have told of them.
-    const records = [...snapshot.records].sort(([, a], [, b]) => a.revision - b.revision);
-    for (const [key, { record }] of records) changed = this.#set(key, record) || changed;
-    return changed;
+    if (this.synced) return changed;
+    this.synced = true;
+    return true;
   }
 
   #setConfig(text: string | undefined): boolean {

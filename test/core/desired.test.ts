@@ -1,6 +1,14 @@
 import * as fc from "fast-check";
 import { describe, expect, test } from "vitest";
-import { claim, type Desired, emptyDesired, fold, forget, LEASES_MAX } from "../../src/core/desired.ts";
+import {
+  claim,
+  type Desired,
+  emptyDesired,
+  fold,
+  foldInSteps,
+  forget,
+  LEASES_MAX,
+} from "../../src/core/desired.ts";
 import { contains, formatIpv4, overlaps, parseCidr, parseIpv4 } from "../../src/core/ipv4.ts";
 import { formatLeaseKey, parseLeaseKey } from "../../src/core/lease.ts";
 import type { StoreEvent } from "../../src/core/model.ts";
@@ -30,6 +38,31 @@ const reasons = (desired: Desired): Record<string, string> =>
   Object.fromEntries([...desired.rejections].map(([key, { reason }]) => [key, reason]));
 
 describe("snapshots", () => {
+  test("a large one is put in force some leases at a time, and is synced with the last", () => {
+    const many = Array.from({ length: 3500 }, (_, n) =>
+      lease(`10.${(n >> 8) + 1}.${n & 255}.0-24`, `172.16.${n >> 8}.${n & 255}`),
+    );
+    const wide = put("config", `{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}`);
+    const before = foldAll(emptyDesired(), reset, wide, ...many);
+    const seen: (readonly [synced: boolean, leases: number])[] = [];
+    const steps = foldInSteps(before, synced());
+    let last = before;
+    for (let isLast = false; !isLast; ) {
+      const { value, done } = steps.next();
+      expect(value).not.toBe(last);
+      [last, isLast] = [value, done === true];
+      seen.push([last.synced, last.leases.size]);
+    }
+    expect(seen.at(-1)).toEqual([true, 3500]);
+    expect(seen.slice(0, -1).every(([isSynced]) => !isSynced)).toBe(true);
+    const news = seen.map(([, leases], step) => leases - (seen[step - 1]?.[1] ?? 0));
+    expect(Math.max(...news)).toBeLessThanOrEqual(1000);
+
+    // The same again changes nothing, in any step.
+    const again = [...foldInSteps(foldAll(last, reset, wide, ...many), synced())];
+    expect(again.every((step) => step === last)).toBe(true);
+  });
+
   test("nothing is in force before the first is complete", () => {
     let desired = foldAll(emptyDesired(), reset, put("config", CONFIG), lease("10.3.1.0-24", "10.0.0.1"));
     expect(desired).toMatchObject({ synced: false, network: undefined });
