@@ -230,15 +230,13 @@ export function decide(
 ): Decision {
   const { network, publicIp, previous, shunned, left = [] } = wish;
   const ours = [publicIp, ...(wish.formerIp === undefined ? [] : [wish.formerIp])].map(formatIpv4);
-  const taken: Prefix[] = [];
   const own: { record: StoredRecord; subnet: Prefix }[] = [];
   for (const record of records) {
+    // Nearly all are of others, and need not be read to see that.
+    if (!mayName(record.value, ours)) continue;
     const subnet = parseLeaseKey(record.key);
     if (subnet === undefined) continue;
-    // A record that can't be read still occupies its key.
-    taken.push(subnet);
-    // Nearly all are of others, and need not be read to see that.
-    const owner = mayName(record.value, ours) ? ownerOf(record) : undefined;
+    const owner = ownerOf(record);
     const isFormer = owner === wish.formerIp && previous !== undefined && same(subnet, previous);
     if (owner !== undefined && (owner === publicIp || isFormer)) own.push({ record, subnet });
   }
@@ -247,6 +245,8 @@ export function decide(
   if (mine !== undefined) return { kind: "adopt", ...mine };
   const stale = own.find(({ record }) => record.leaseId !== "0");
   if (stale !== undefined) return { kind: "delete", record: stale.record };
+  // A record that can't be read still occupies its key.
+  const taken = records.flatMap(({ key }) => parseLeaseKey(key) ?? []);
   const free = new FreeSubnets(network, taken);
   const former = [...(previous === undefined ? [] : [previous]), ...left];
   const again = former.find((each) => isCompatible(network, each) && free.includes(each));
