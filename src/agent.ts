@@ -725,7 +725,6 @@ export class Agent {
     if (this.#uplinksStale) this.#findUplinks(facts);
     this.#findPrograms(facts);
 
-    const nameOf = (ifindex: number): string => this.#nameOf(ifindex);
     if (!this.#putPeers()) {
       this.#wake();
       return;
@@ -733,11 +732,7 @@ export class Agent {
     this.#writer.putMap("endpoints4", this.#endpoints);
     this.#writer.putMap("interfaces", this.#interfaces);
     this.#putUplinks();
-    if (this.#activateStale && this.#attempts.attempt("programs", () => this.#activate())) {
-      this.#wake();
-      return;
-    }
-    if (!this.#writer.attach(this.#attachments, nameOf) || !this.#writer.detach(this.#attachments, nameOf)) {
+    if (!this.#putPrograms()) {
       this.#wake();
       return;
     }
@@ -785,6 +780,13 @@ export class Agent {
       this.#writer.put(this.#routes, this.#routeWrites, (row) => this.#isRoutable(row)) &&
       (!hasMaps || (isInTime() && this.#writer.putMap("subnets4", this.#subnets)))
     );
+  }
+
+  /** Programs where they are wanted, and nowhere else. Returns false if there may be more than go at once. */
+  #putPrograms(): boolean {
+    if (this.#activateStale && this.#attempts.attempt("programs", () => this.#activate())) return false;
+    const nameOf = (ifindex: number): string => this.#nameOf(ifindex);
+    return this.#writer.attach(this.#attachments, nameOf) && this.#writer.detach(this.#attachments, nameOf);
   }
 
   /** The uplink and the tunnel device, as the config asks for them. */

@@ -61,13 +61,12 @@ export class Writer {
 
   /** Writes wanted rows of a map. Returns false if there are more than go at once. */
   putMap<Name extends keyof MapRows>(name: Name, table: Table<MapRows[Name]>): boolean {
-    return this.#writeMap(name, table, "put", ({ want }) => want, ROWS_PER_GO);
+    return this.#writeMap(name, table, "put", wanted, ROWS_PER_GO);
   }
 
   /** Removes the rows of a map that are not wanted. */
   removeFromMap<Name extends keyof MapRows>(name: Name, table: Table<MapRows[Name]>): void {
-    const rowOf = ({ want, have }: Difference<MapRows[Name]>) => (want === undefined ? have : undefined);
-    this.#writeMap(name, table, "remove", rowOf, Number.POSITIVE_INFINITY);
+    this.#writeMap(name, table, "remove", unwanted, Number.POSITIVE_INFINITY);
   }
 
   /** Writes or removes the differing rows of a map in one batch; how far one that failed came is read back. */
@@ -136,8 +135,8 @@ export class Writer {
     const rowOf: number[] = [];
     let isAll = true;
     for (const difference of table.differences()) {
-      const { want, have } = difference;
-      const row = what === "put" ? want : want === undefined ? have : undefined;
+      const { have } = difference;
+      const row = (what === "put" ? wanted : unwanted)(difference);
       if (row === undefined || (what === "put" && !mayPut(row))) continue;
       if (differences.length === most) {
         isAll = false;
@@ -169,21 +168,15 @@ export class Writer {
 
   /** Attaches wanted programs; `nameOf` gives an interface its name, for people. Returns false if there are more than go at once. */
   attach(attachments: Table<AttachmentRow>, nameOf: (ifindex: number) => string): boolean {
-    return this.#hook(
-      attachments,
-      nameOf,
-      ({ want }) => want,
-      (row) => {
-        this.#world.dataplane.attach(row);
-        return row;
-      },
-    );
+    return this.#hook(attachments, nameOf, wanted, (row) => {
+      this.#world.dataplane.attach(row);
+      return row;
+    });
   }
 
   /** Detaches programs that are not wanted; returns as `attach` does. */
   detach(attachments: Table<AttachmentRow>, nameOf: (ifindex: number) => string): boolean {
-    const rowOf = ({ want, have }: Difference<AttachmentRow>) => (want === undefined ? have : undefined);
-    return this.#hook(attachments, nameOf, rowOf, (row) => {
+    return this.#hook(attachments, nameOf, unwanted, (row) => {
       this.#world.dataplane.detach(row);
       return undefined;
     });
@@ -232,6 +225,16 @@ export class Writer {
       this.#world.log.warn({ table: table.name, rows: news, first }, "could not be written; trying again");
     }
   }
+}
+
+/** The row that is to be put. */
+function wanted<Row>({ want }: Difference<Row>): Row | undefined {
+  return want;
+}
+
+/** The row that is to be removed. */
+function unwanted<Row>({ want, have }: Difference<Row>): Row | undefined {
+  return want === undefined ? have : undefined;
 }
 
 /**

@@ -2,8 +2,8 @@
  * What the store says ought to be: the network config and the leases of all other nodes, folded from store
  * events one at a time.
  *
- * Between `reset` and `synced` the old set stays in force, and at `synced` the new one replaces it, but for one
- * thing: silence is not deletion. A lease that a snapshot lacks is missing; it was not seen to go, and where a store
+ * Between `reset` and `synced` the old set stays in force, and at `synced` the new one replaces it, lease by lease in the
+ * order in which they were written, but for one thing: silence is not deletion. A lease that a snapshot lacks is missing; it was not seen to go, and where a store
  * was wiped its node will put it back as soon as it notices. It stays in force until a delete or `forget`, and gives
  * way to any other that overlaps it. A record that can't be used becomes a Rejection, and the last good one of its key
  * stays; only a delete takes it away. Where records contradict each other (two blocks overlap, or one lies in

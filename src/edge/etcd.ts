@@ -15,6 +15,7 @@ import { createHash, createPrivateKey, X509Certificate } from "node:crypto";
 import { readFileSync } from "node:fs";
 import { posix } from "node:path";
 import { performance } from "node:perf_hooks";
+import { setImmediate as nextTurn } from "node:timers/promises";
 import { rootCertificates } from "node:tls";
 import grpc, { type Interceptor } from "@grpc/grpc-js";
 import { noop } from "cockatiel";
@@ -918,11 +919,6 @@ function messageOf(error: unknown): string {
     .replace(/ ?\(?\d{4}-\d\d-\d\dT[\d:.]+Z\)?/g, "")
     .replace(/\. Resolution note: .*$/s, "")
     .trim();
-}
-
-/** Lets the event loop do what else there is. */
-function nextTurn(): Promise<void> {
-  return new Promise((resolve) => setImmediate(resolve));
 }
 
 /** A signal that aborts with either of two; `release` ends its hold on them (Node 20's `any` keeps it). */
